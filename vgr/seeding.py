@@ -1,0 +1,33 @@
+"""Random numbers as functions of (seed, purpose, position), never of clock, worker, rank or world size."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(seed: int, purpose: str, *position: int) -> int:
+    """A 63-bit seed from the run's seed, a purpose such as "noise" and any number of positions."""
+    text = ":".join([str(seed), purpose, *map(str, position)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def torch_generator(seed: int, purpose: str, *position: int) -> torch.Generator:
+    """A CPU generator; draws are made on the CPU so that every device sees the same numbers."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *position))
+
+
+def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(seed, purpose, *position))
+
+
+def normal_like(x: Tensor, seed: int, purpose: str, positions: Tensor) -> Tensor:
+    """Standard normal noise of x's shape (B,...), row b drawn from (seed, purpose, positions[b]); fp32."""
+    rows = [
+        torch.randn(x.shape[1:], generator=torch_generator(seed, purpose, int(p)), dtype=torch.float32)
+        for p in positions.tolist()
+    ]
+    return torch.stack(rows).to(x.device)

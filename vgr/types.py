@@ -1,0 +1,166 @@
+"""What the rooms of the house hand to each other. Plain data, no behaviour beyond slicing and moving.
+
+Shape letters: B batch, T latent frames, F raw frames, C channels, H W height width, L tokens, D width,
+N heads, K head dim, J text tokens, S shots, R raw frames of one latent frame.
+
+Conventions: cameras are OpenCV (x right, y down, z forward), camera-to-world, metres; intrinsics are
+(fx, fy, cx, cy) divided by image width (fx, cx) and height (fy, cy), measured from the left and top image
+edges, so the centre of pixel i is (i + 0.5) / W. Times t lie in [0, 1], 0 is clean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+def _map_tensors(value: Any, fn: Any) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: _map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Cameras of raw frames: c2w (B,F,4,4) in metres, intrinsics (B,F,4) normalised; both fp32 or wider."""
+
+    c2w: Tensor
+    intrinsics: Tensor
+
+    def frames(self, a: int, b: int) -> Cameras:
+        """Raw frames a (included) to b (excluded)."""
+        return Cameras(self.c2w[:, a:b], self.intrinsics[:, a:b])
+
+    def to(self, device: torch.device | str) -> Cameras:
+        return _map_tensors(self, lambda x: x.to(device))
+
+
+@dataclass(frozen=True)
+class LatentCameras:
+    """Cameras grouped by latent frame, relative to the clip's first raw frame.
+
+    c2w (B,T,4,4), intrinsics (B,T,4): the camera at each latent frame's last raw frame (frame 0 for the first).
+    raw_c2w (B,T,R,4,4), raw_intrinsics (B,T,R,4): those of all its raw frames, R the codec's temporal stride.
+    Built by `vgr.geometry.cameras.group_by_latent`.
+    """
+
+    c2w: Tensor
+    intrinsics: Tensor
+    raw_c2w: Tensor
+    raw_intrinsics: Tensor
+
+    def frames(self, a: int, b: int) -> LatentCameras:
+        return _map_tensors(self, lambda x: x[:, a:b])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each latent frame of a call stands.
+
+    position (T,) index in the video, survives slicing; chunk (T,); role (T,) 0 target, 1 context;
+    shot (B,T). All int64. Masks are derived from these, never from lengths or times.
+    """
+
+    position: Tensor
+    chunk: Tensor
+    role: Tensor
+    shot: Tensor
+
+    @staticmethod
+    def whole(batch: int, frames: int, device: torch.device | str = "cpu") -> Layout:
+        """One chunk of target frames 0..frames-1, one shot: what a bidirectional model sees."""
+        zeros = torch.zeros(frames, dtype=torch.int64, device=device)
+        return Layout(torch.arange(frames, device=device), zeros, zeros, zeros.expand(batch, frames))
+
+    def frames(self, a: int, b: int) -> Layout:
+        return Layout(self.position[a:b], self.chunk[a:b], self.role[a:b], self.shot[:, a:b])
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Encoded text: states (B,S,J,D), mask (B,S,J) bool, true for real tokens; one row of J per shot."""
+
+    states: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is told beside the noisy latents.
+
+    text: one encoded prompt per shot, chosen per frame through `layout.shot`; cameras: None for models
+    without a camera. A given clean first frame is not a field: it stands in x at t = 0.
+    """
+
+    layout: Layout
+    text: TextStates
+    cameras: LatentCameras | None = None
+
+    def frames(self, a: int, b: int) -> Conditioning:
+        """The same conditioning for latent frames a (included) to b (excluded); positions are kept."""
+        cameras = None if self.cameras is None else self.cameras.frames(a, b)
+        return dataclasses.replace(self, layout=self.layout.frames(a, b), cameras=cameras)
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return _map_tensors(self, lambda x: x.to(device))
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """A batch of clips as the loader gives them.
+
+    latents (B,C,T,H,W) fp32 normalised; cameras of the F = 1 + (T-1)*R raw frames; fps (B,);
+    captions: B lists with one string per shot; shot (B,T) int64; keys: sample names;
+    position (B,) int64: index of each sample in the run's endless order, the seed of its noise and dropout.
+    """
+
+    latents: Tensor
+    cameras: Cameras
+    fps: Tensor
+    captions: tuple[tuple[str, ...], ...]
+    shot: Tensor
+    keys: tuple[str, ...]
+    position: Tensor
+
+    def to(self, device: torch.device | str) -> VideoBatch:
+        return _map_tensors(self, lambda x: x.to(device))
+
+
+class Denoiser(Protocol):
+    """v, state = denoiser(x_BCTHW, t_BT, cond, state, commit=...); `x - t v` is the path's end at t = 0."""
+
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, *, commit: bool = False
+    ) -> tuple[Tensor, Any]: ...
+
+
+class Codec(Protocol):
+    """Video <-> latents, as real VAEs do it. Video is (B,3,F,H,W) in [-1, 1]; latents are normalised.
+
+    stride (t, h, w): F raw frames give T = 1 + (F-1)/t latent frames, the first frame stands alone.
+    `fingerprint` names configuration and weights; shards and checkpoints carry it.
+    """
+
+    stride: tuple[int, int, int]
+    channels: int
+    fingerprint: str
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Captions, B tuples of S strings (ragged S is padded with masked shots), to TextStates on its own device."""
+
+    width: int
+
+    def __call__(self, captions: tuple[tuple[str, ...], ...]) -> TextStates: ...

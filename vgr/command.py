@@ -1,0 +1,260 @@
+"""The one Hydra wrapper of all commands: where settings are found, and how errors reach the user.
+
+A command is `def main() -> None: command.run("train", body)`; conf/<name>.yaml starts its defaults list
+with `- common`. Nothing heavy is imported here: `--help` must answer at once, so bodies import what they use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_FULL = "HYDRA_FULL_ERROR"
+_DIVERGED = FloatingPointError
+_USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError, _DIVERGED)
+
+
+def root() -> Path:
+    """The folder holding conf/, experiments/ and benchmarks/: the checkout, or vgr/_files in a wheel."""
+    package = Path(__file__).resolve().parent
+    return package.parent if (package.parent / "conf").is_dir() else package / "_files"
+
+
+class ExperimentsSource(FileConfigSource):
+    """The root folder as a config source that shows only experiments/ (a checkout holds much else)."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "vgr"
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path.split("/")[0] in ("", "experiments") and super().is_group(config_path)
+
+    def is_config(self, config_path: str) -> bool:
+        return config_path.startswith("experiments/") and super().is_config(config_path)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if config_path == "":
+            return [] if results_filter == ObjectType.CONFIG else ["experiments"]
+        return super().list(config_path, results_filter)
+
+
+class ExperimentsPath(SearchPathPlugin):
+    """Adds the presets of experiments/ to Hydra's search path, after conf/."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("vgr-experiments", f"vgr://{root()}")
+
+
+def setup() -> None:
+    """Register the presets' folder with Hydra; harmless when repeated. For tests that compose configs."""
+    Plugins.instance().register(ExperimentsSource)
+    Plugins.instance().register(ExperimentsPath)
+
+
+def run(config_name: str, body: Callable[[DictConfig], None]) -> None:
+    """Parse the command line, compose conf/<config_name>.yaml and call body(cfg).
+
+    A user's mistake (ValueError, OSError, anything Hydra or OmegaConf refuses) ends as one line on stderr
+    and exit code 2, a diverged run (FloatingPointError) with code 3; a traceback only if HYDRA_FULL_ERROR=1.
+    """
+    full = os.environ.get(_FULL)
+    program = f"vgr-{config_name}"
+
+    def guarded(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if full == "1":
+                raise
+            cause = _cause(error)
+            if not isinstance(cause, _USER_ERRORS) and not _out_of_memory(cause):
+                raise
+            print(f"{program}: error: {explain(cause, config_name)}", file=sys.stderr, flush=True)
+            sys.exit(3 if isinstance(cause, _DIVERGED) else 2)
+
+    def job(cfg: DictConfig) -> None:
+        # Hydra's error printing is off only while Hydra runs: what the body starts sees the user's choice.
+        _set_full(full)
+        try:
+            guarded(lambda: (check_keys(cfg, config_name), body(cfg)))
+        finally:
+            _set_full("1")
+
+    setup()
+    _set_full("1")  # makes Hydra raise instead of printing and exiting
+    try:
+        main = hydra.main(config_path=str(root() / "conf"), config_name=config_name, version_base="1.3")(job)
+        guarded(main)
+    finally:
+        _set_full(full)
+
+
+def _set_full(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(_FULL, None)
+    else:
+        os.environ[_FULL] = value
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error inside Hydra's InstantiationException wrappers, or the error itself."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def explain(error: BaseException, config_name: str) -> str:
+    """One line saying what is wrong and, for misspelt keys and presets, what was probably meant."""
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        return _explain_missing(error, config_name)
+    misspelt = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in", text)
+    if misspelt:
+        key = re.search(r"full_key: (\S+)", text + "\n" + str(error.__cause__ or ""))
+        name = misspelt[1].split("@")[0]
+        if "." in name and key and key[1].startswith(name.rsplit(".", 1)[0]):
+            name = key[1]
+        return f"no setting called `{name}`{suggestion(name, _valid_keys(config_name))}"
+    if _out_of_memory(error):
+        text = f"out of device memory; lower data.micro_batch (the global batch stays). {text}"
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        text = f"{error.strerror}{where}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        text = re.sub(r"(full_key|object_type|reference_type)[:=] ?", r"\1 ", text)
+        if error.__cause__ is not None and str(error.__cause__) not in text:
+            text = f"{text}: {error.__cause__}"
+    return " ".join((text or type(error).__name__).split())
+
+
+def suggestion(name: str, valid: Iterable[str], otherwise: str = "; --help lists all") -> str:
+    """`; did you mean ...?` by spelling; the last part of a dotted key counts on its own too."""
+    valid = sorted(set(valid))
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.7)
+    if not near:
+        last = {key.rsplit(".", 1)[-1]: key for key in valid}
+        near = [last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
+    return f"; did you mean `{near[0]}`?" if near else otherwise
+
+
+def _explain_missing(error: MissingConfigException, config_name: str) -> str:
+    group, _, name = (error.missing_cfg_file or "").strip("/").partition("/")
+    if not name:
+        return " ".join(str(error).split())
+    files = (root() / "conf" / group).glob("*.yaml")
+    options = presets() if group == "experiments" else sorted(p.stem for p in files)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    hint = f"did you mean {group}={near[0]}? " if near else ""
+    return f"{group}={name} does not exist; {hint}Choices of {group}: {', '.join(options) or 'none'}"
+
+
+def _config_dirs() -> list[Path]:
+    """root() and the user's own --config-dir, the folders that may hold experiments/."""
+    argv, own = sys.argv, []
+    for i, word in enumerate(argv):
+        if word in ("--config-dir", "-cd") and i + 1 < len(argv):
+            own.append(Path(argv[i + 1]))
+        elif word.startswith("--config-dir="):
+            own.append(Path(word.split("=", 1)[1]))
+    return [*own, root()]
+
+
+def presets() -> list[str]:
+    """Names of all presets, e.g. world_model/tiny: the shipped ones and those of --config-dir."""
+    found = set()
+    for folder in _config_dirs():
+        base = folder / "experiments"
+        found |= {p.relative_to(base).with_suffix("").as_posix() for p in base.rglob("*.yaml")}
+    return sorted(found)
+
+
+def preset_file(name: str) -> Path:
+    """The YAML file of a preset. Raises FileNotFoundError."""
+    for folder in _config_dirs():
+        if (path := folder / "experiments" / f"{name}.yaml").is_file():
+            return path
+    raise FileNotFoundError(2, "no such preset", name)
+
+
+def compose(config_name: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """The composed config outside of a Hydra job (lists of presets, tests, error messages)."""
+    setup()
+    with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
+        return hydra.compose(config_name, list(overrides))
+
+
+def flat_keys(node: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of all nodes of a nested dict."""
+    keys: list[str] = []
+    if isinstance(node, dict):
+        for key, value in node.items():
+            keys += [f"{prefix}{key}", *flat_keys(value, f"{prefix}{key}.")]
+    return keys
+
+
+def _valid_keys(config_name: str) -> list[str]:
+    """Keys that exist, under the group choices of this command line as far as those are valid."""
+    chosen = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w/]+", a)]
+    for overrides in (chosen, []):
+        try:
+            return flat_keys(OmegaConf.to_container(compose(config_name, overrides)))
+        except (HydraException, OmegaConfBaseException, ValueError):
+            continue
+    return []
+
+
+def check_keys(cfg: DictConfig, config_name: str) -> None:
+    """Refuse top-level keys that a preset adds and conf/<config_name>.yaml lacks (Hydra lets them pass)."""
+    loader = GlobalHydra.instance().config_loader()
+    base = loader.load_configuration(config_name, overrides=[], run_mode=RunMode.RUN)
+    for key in cfg:
+        if key not in base:
+            raise ValueError(f"no setting called `{key}`{suggestion(str(key), map(str, base))}")
+
+
+def check_targets(cfg: Any, path: str = "") -> None:
+    """Compare every section that has a `_target_` with its constructor, before anything is built.
+
+    Raises ValueError naming the key that the constructor does not take, or the argument it misses.
+    """
+    if isinstance(cfg, ListConfig):
+        for i, item in enumerate(cfg):
+            check_targets(item, f"{path}[{i}]")
+    if not isinstance(cfg, DictConfig):
+        return
+    for key in cfg:
+        if not OmegaConf.is_missing(cfg, key):
+            check_targets(cfg[key], f"{path}.{key}" if path else str(key))
+    if not cfg.get("_target_"):
+        return
+    parameters = inspect.signature(hydra.utils.get_object(cfg._target_)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in cfg:
+        if key not in parameters and key not in ("_target_", "_partial_", "_convert_"):
+            hint = suggestion(str(key), parameters, f"; it takes {', '.join(parameters)}")
+            raise ValueError(f"{path}: {cfg._target_} takes no `{key}`{hint}")

@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import scipy.linalg
+
+from vgr.metrics.features import SIZE, clip_features, windows
+from vgr.metrics.fvd import frechet_distance, frechet_interval, moments, null_bias, polynomial_mmd
+
+
+def golden():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2048, 400)).astype(np.float32)
+    return x, (rng.normal(size=(2048, 400)) * 1.1 + 0.05).astype(np.float32)
+
+
+def test_golden_values_of_torchmetrics_and_cdfvd():
+    x, y = golden()
+    assert frechet_distance(x, y) == pytest.approx(48.0720467, rel=2e-8)
+    assert frechet_distance(x, y, ddof=0) == pytest.approx(48.0492425, rel=2e-8)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(100, 60, 12), (500, 400, 40)])
+def test_equals_the_matrix_square_root(n, m, d):
+    rng = np.random.default_rng(n)
+    mix = rng.normal(size=(d, d))
+    x, y = rng.normal(size=(n, d)) @ mix, rng.normal(size=(m, d)) + 0.3
+    a, b = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(a @ b)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * np.real(root))
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
+
+
+def test_fewer_rows_than_features():
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(16, 100)), rng.normal(size=(20, 100)) + 0.2
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    # tr (Sx^1/2 Sy Sx^1/2)^1/2 is the nuclear norm of the cross product of the centred rows.
+    cross = np.linalg.svd(xc @ yc.T, compute_uv=False).sum() / np.sqrt(15 * 19)
+    mean = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    expected = mean + (xc**2).sum() / 15 + (yc**2).sum() / 19 - 2 * cross
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_analytic_gaussians_and_invariances():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(300, 6))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T  # exactly N(0, I) moments
+    shift, s = np.arange(6) / 10, 1.7
+    assert frechet_distance(x, s * x + shift) == pytest.approx(6 * (1 - s) ** 2 + (shift**2).sum(), rel=1e-9)
+    y = rng.normal(size=(200, 6)) * 1.4
+    base = frechet_distance(x, y)
+    q, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    assert frechet_distance(x @ q, y @ q) == pytest.approx(base, rel=1e-9)
+    assert frechet_distance(x + 3, y + 3) == pytest.approx(base, rel=1e-9)
+    assert frechet_distance(3 * x, 3 * y) == pytest.approx(9 * base, rel=1e-9)
+    assert frechet_distance(y, x) == pytest.approx(base, rel=1e-9)
+    assert frechet_distance(x, x) < 1e-6
+
+
+@pytest.mark.parametrize("spectrum", ["isotropic", "1/k"])
+def test_null_bias_law(spectrum):
+    d, n = 40, 400
+    eig = np.ones(d) if spectrum == "isotropic" else 1 / np.arange(1, d + 1)
+    rng = np.random.default_rng(6)
+    draws = [rng.normal(size=(2, n, d)) * np.sqrt(eig) for _ in range(60)]
+    simulated = np.mean([frechet_distance(a, b) for a, b in draws])
+    assert null_bias(np.diag(eig), n) == pytest.approx(simulated, rel=0.05)
+
+
+def test_mmd_is_unbiased_and_sees_a_shift():
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(60, 8)), rng.normal(size=(60, 8))
+    kernel = lambda a, b: ((a @ b.T) / 8 + 1) ** 3  # noqa: E731
+    off = lambda k: (k.sum() - np.trace(k)) / (60 * 59)  # noqa: E731
+    mean, sd = polynomial_mmd(x, y, subsets=3)
+    assert mean == pytest.approx(off(kernel(x, x)) + off(kernel(y, y)) - 2 * kernel(x, y).mean(), rel=1e-9)
+    assert sd < 1e-12  # a subset of all rows has no choice
+    null = [
+        polynomial_mmd(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), subsets=1)[0] for _ in range(200)
+    ]
+    assert abs(np.mean(null)) < 3 * np.std(null) / np.sqrt(200)
+    assert polynomial_mmd(x, y + 1, size=30)[0] > 5 * np.std(null)
+
+
+def test_interval_covers_repeated_draws():
+    rng = np.random.default_rng(8)
+    truth = rng.normal(size=(64, 5))
+    values, spreads = [], []
+    for _ in range(40):
+        x = rng.normal(size=(64, 5)) + 0.8
+        interval = frechet_interval(x, truth, np.arange(64), np.arange(64), draws=40)
+        assert interval.low <= interval.value <= interval.high and interval.count == 64
+        values.append(interval.value)
+        spreads.append((interval.high - interval.low) / 3.92)
+    # the sub-samples also vary the other side, so they may be wider than draws against one fixed set
+    assert 0.7 < np.mean(spreads) / np.std(values) < 2.2
+    assert np.isnan(frechet_interval(truth[:3], truth, np.arange(3), np.arange(64)).low)
+
+
+def test_refusals():
+    x = np.zeros((4, 3))
+    with pytest.raises(ValueError, match="feature sizes differ"):
+        frechet_distance(x, np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="NaN"):
+        moments(np.full((4, 3), np.nan))
+    with pytest.raises(ValueError, match="at least 2"):
+        moments(np.zeros((1, 3)))
+
+
+def texture_clip(seed, speed=1.5, frames=16):
+    rng = np.random.default_rng(seed)
+    import cv2
+
+    image = cv2.GaussianBlur(rng.uniform(0, 255, (48, 128, 3)).astype(np.float32), (0, 0), 2.0)
+    image = (image - image.mean()) * 4 + 110 + rng.normal(0, 20, 3)
+    shift = [np.float32([[1, 0, -speed * f], [0, 1, 0]]) for f in range(frames)]
+    moved = [cv2.warpAffine(image, m, (128, 48), borderMode=cv2.BORDER_WRAP)[:, 20:84] for m in shift]
+    return np.stack(moved).clip(0, 255).astype(np.uint8)
+
+
+def test_clip_features_are_finite_named_and_size_free():
+    import cv2
+
+    clip = texture_clip(0)
+    f = clip_features(clip)
+    assert f.shape == (SIZE,) and np.isfinite(f).all()
+    large = np.stack([cv2.resize(x, (256, 192), interpolation=cv2.INTER_NEAREST) for x in clip])
+    assert np.abs(clip_features(large) - f).max() < 0.02
+    assert np.isfinite(clip_features(np.zeros_like(clip))).all()
+    assert [len(w) for w in windows(np.zeros((97, 4, 4, 3), np.uint8), 16)] == [16] * 6
+    with pytest.raises(ValueError, match="9 or more"):
+        clip_features(clip[:5])
+
+
+def test_shuffled_frames_control_and_direction_of_motion():
+    """Spec 2.4: the distance of shuffled clips must be at least twice the null bias, or it is blind to
+    motion.
+    """
+    truth = np.stack([clip_features(texture_clip(s)) for s in range(80)])
+    other = np.stack([clip_features(texture_clip(s)) for s in range(100, 180)])
+    rng = np.random.default_rng(0)
+    shuffled = np.stack([clip_features(texture_clip(s)[rng.permutation(16)]) for s in range(100, 180)])
+    backward = np.stack([clip_features(texture_clip(s, speed=-1.5)) for s in range(100, 180)])
+    floor = frechet_distance(other, truth)
+    assert floor == pytest.approx(null_bias(moments(truth).covariance, 80), rel=0.5)
+    assert frechet_distance(shuffled, truth) > 2 * floor
+    assert frechet_distance(backward, truth) > 2 * floor

@@ -1,0 +1,87 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from vgr.metrics import image
+
+
+def test_golden_zeros_against_ones():
+    black, white = np.zeros((1, 64, 64, 3), np.uint8), np.full((1, 64, 64, 3), 255, np.uint8)
+    assert image.psnr(black, white)[0] == 0.0
+    assert image.ssim(black, white)[0] == pytest.approx(9.999e-05, rel=1e-3)
+    assert image.psnr(black, black)[0] == 100.0 and image.ssim(black, black)[0] == 1.0
+
+
+def test_golden_psnr_of_torchmetrics():
+    a, b = np.array([[[0, 1], [2, 3]]], np.uint8), np.array([[[3, 2], [1, 0]]], np.uint8)
+    assert image.psnr(a, b, data_range=3.0)[0] == pytest.approx(2.5527, abs=1e-4)
+
+
+def test_psnr_is_the_mean_of_decibels_not_of_errors():
+    truth = np.full((2, 32, 32, 3), 100, np.uint8)
+    video = truth.copy()
+    video[0] += 1
+    video[1] += 50
+    per_frame = image.psnr(video, truth)
+    assert per_frame == pytest.approx([20 * np.log10(255), 20 * np.log10(255 / 50)])
+    pooled = 10 * np.log10(255**2 / ((1 + 2500) / 2))
+    assert per_frame.mean() > pooled + 5
+
+
+def test_ssim_equals_its_formula():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 255, (1, 40, 50, 3)).astype(np.uint8)
+    b = (a * 0.6 + rng.integers(0, 90, a.shape)).astype(np.uint8)
+    values = []
+    for c in range(3):
+        x, y = a[0, ..., c].astype(float), b[0, ..., c].astype(float)
+        blur = lambda z: gaussian_filter(z, 1.5, truncate=3.5, mode="mirror")  # noqa: E731
+        mx, my = blur(x), blur(y)
+        vx, vy, vxy = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        values.append((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    assert image.ssim(a, b)[0] == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="frame count"):
+        image.psnr(np.zeros((2, 8, 8, 3), np.uint8), np.zeros((3, 8, 8, 3), np.uint8))
+
+
+def test_lpips_is_absent_without_intact_weights(tmp_path, monkeypatch):
+    assert image.lpips_backbone(tmp_path) is None
+    (tmp_path / image.LPIPS_BACKBONE).write_bytes(b"not the weights")
+    assert image.lpips_backbone(tmp_path) is None
+    digest = hashlib.sha256(b"not the weights").hexdigest()[:8]
+    monkeypatch.setattr(image, "LPIPS_BACKBONE", f"alexnet-owt-{digest}.pth")
+    (tmp_path / image.LPIPS_BACKBONE).write_bytes(b"not the weights")
+    assert image.lpips_backbone(tmp_path) == tmp_path / image.LPIPS_BACKBONE
+
+
+def test_lpips_loads_the_given_backbone(tmp_path):
+    """Official linear heads on a random backbone, ours against the package's own model given the same
+    tensors.
+    """
+    import lpips
+    import torchvision
+
+    torch.manual_seed(0)
+    alexnet = torchvision.models.alexnet(weights=None)
+    path = tmp_path / "alexnet.pth"
+    torch.save(alexnet.state_dict(), path)
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(0, 255, (2, 64, 64, 3)).astype(np.uint8) for _ in range(2))
+    ours = image.lpips_measure(path)(a, b)
+    reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    for name, module in enumerate(alexnet.features):
+        for part in (getattr(reference.net, f"slice{i}") for i in range(1, 6)):
+            if hasattr(module, "weight") and str(name) in part._modules:
+                part._modules[str(name)].load_state_dict(module.state_dict())
+    x, y = (torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for v in (a, b))
+    with torch.no_grad():
+        expected = reference(x, y, normalize=True).flatten().numpy()
+    assert ours == pytest.approx(expected, rel=1e-4) and (ours > 0).all()
+    assert image.lpips_measure(path)(a, a) == pytest.approx([0, 0], abs=1e-7)

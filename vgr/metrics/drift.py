@@ -64,7 +64,7 @@ def measure_drift(frames_FHW3: NDArray[np.uint8], fps: float, window_s: float = 
             np.abs(times[:, None] - edges).min(1) < 1e-6
         ] = -1  # on an edge: in neither window, or time has a side
         means = np.array([values[index == j].mean() if (index == j).any() else np.nan for j in range(count)])
-        first, last = times <= 0.15 * duration, times >= 0.85 * duration
+        first, last = times < 0.15 * duration - 1e-6, times > 0.85 * duration + 1e-6
         curve[name], level[name] = means, float(values.mean())
         slope[name] = theil_sen(means, (edges[1:] + edges[:-1]) / 2)
         start_end[name] = (

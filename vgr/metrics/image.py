@@ -28,8 +28,10 @@ def psnr(
 
 
 def ssim(frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """SSIM of every frame, (F,): Gaussian 11x11 window of sigma 1.5, K1 0.01, K2 0.03, range 255, whole frame with
-    mirrored borders."""
+    """SSIM of every frame, (F,): Gaussian 11x11 window of sigma 1.5, K1 0.01, K2 0.03, range 255.
+
+    Over the whole frame, with mirrored borders.
+    """
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure as measure
 

@@ -7,6 +7,7 @@ with `- common`. Nothing heavy is imported here: `--help` must answer at once, s
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import os
 import re
@@ -107,6 +108,30 @@ def run(config_name: str, body: Callable[[DictConfig], None]) -> None:
         guarded(main)
     finally:
         _set_full(full)
+
+
+# Settings that decide how a run is carried out, not what comes out of it (micro_batch: up to rounding).
+NOT_RESULTS = (
+    "trainer", "logger", "every", "keep", "runs", "resume", "hydra", "data.workers", "data.micro_batch",
+)  # fmt: skip
+
+
+def changes_results(key: str) -> bool:
+    """False for settings and groups of NOT_RESULTS and whatever lies below them."""
+    return not any(
+        key == name or key.startswith((f"{name}.", f"{name}@", f"{name}/")) for name in NOT_RESULTS
+    )
+
+
+def run_folder(runs: str, experiment: str | None, overrides: Iterable[str], seed: int) -> Path:
+    """runs/<experiment>[--<overrides that change results>]/seed<k>: the same command finds the same folder."""
+    named = [(o.split("=", 1)[0].lstrip("+~"), o) for o in overrides]
+    told = ",".join(sorted(o for k, o in named if changes_results(k) and k not in ("seed", "experiments")))
+    clean = re.sub(r"[^\w.,=+-]", "_", told)
+    if clean != told or len(clean) > 100:  # characters were lost: a digest keeps two arms apart
+        clean = f"{clean[:80]}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    name = experiment or "default"
+    return Path(runs) / (f"{name}--{clean}" if told else name) / f"seed{seed}"
 
 
 def _set_full(value: str | None) -> None:

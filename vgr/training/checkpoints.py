@@ -236,7 +236,7 @@ def resolve(path: Path) -> Path:
             return latest(folder)
     if (path / "manifest.json").is_file() or path.name.startswith("step_") and path.is_dir():
         return path
-    raise FileNotFoundError(2, "no checkpoint here (give a run folder or a checkpoints/step_XXXXXXXX)", str(path))
+    raise FileNotFoundError(2, "no checkpoint here; give a run folder or a step_XXXXXXXX folder", str(path))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

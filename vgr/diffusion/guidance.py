@@ -1,0 +1,31 @@
+"""Classifier-free guidance as a denoiser over a denoiser."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from vgr.types import Conditioning, Denoiser, TextStates
+
+
+def guided(denoiser: Denoiser, scale: float, negative: TextStates) -> Denoiser:
+    """v = v_negative + scale (v_text - v_negative); the state is the pair of both calls' states.
+
+    `negative` holds the text states of the null or negative prompt, one row per sample. A scale of 1 asks the
+    conditional model only.
+    """
+    if scale == 1.0:
+        return denoiser
+
+    def call(
+        x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, *, commit: bool = False
+    ) -> tuple[Tensor, Any]:
+        own, other = (None, None) if state is None else state
+        v, own = denoiser(x, t, cond, own, commit=commit)
+        v_negative, other = denoiser(x, t, dataclasses.replace(cond, text=negative), other, commit=commit)
+        state = None if own is None and other is None else (own, other)
+        return v_negative + scale * (v - v_negative), state
+
+    return call

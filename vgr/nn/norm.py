@@ -1,0 +1,25 @@
+"""Normalisation with fp32 arithmetic, whatever the precision around it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis of width D; computed in fp32, returned in fp32."""
+
+    def __init__(self, width: int, eps: float, scale: float = 1.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) * (1 + scale) + shift without affine parameters; x (B,T,S,D), shift and scale (B,T,1,D)."""
+    h = F.layer_norm(x.float(), (x.shape[-1],), eps=1e-6)
+    return torch.addcmul(shift, h, 1.0 + scale)

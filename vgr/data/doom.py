@@ -1,0 +1,336 @@
+"""VizDoom walks: clips of a real game engine with exact cameras, moving things and captions.
+
+The maps are those of Freedoom (BSD-3-Clause), which come with the vizdoom wheel. A clip depends on
+(seed, split, index) alone: clips come in visits of a few to one map, and the engine starts afresh for every
+visit, because animation phases and random tables survive an episode.
+
+Cameras: Doom's x east, y north, z up in map units become OpenCV's x east, y down, z north at 32 units a metre;
+90 degrees of horizontal view, and fy = 1.2 fx since Doom's pixels are taller than wide; pitch is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vgr.data.doom_paths import DEPTH_STEP, TICS_PER_SECOND, Walker, draw_mood, free_space, start_heading
+from vgr.data.video import Clip
+from vgr.seeding import numpy_generator
+
+UNITS_PER_METRE = 32.0
+VAL_MAPS = ("freedoom1/E1M4", "freedoom1/E2M3", "freedoom1/E3M6", "freedoom1/E4M2", "freedoom2/MAP05",
+            "freedoom2/MAP11", "freedoom2/MAP14", "freedoom2/MAP18", "freedoom2/MAP22", "freedoom2/MAP27")
+_ALL_MAPS = tuple(f"freedoom1/E{e}M{m}" for e in range(1, 5) for m in range(1, 10)) + tuple(
+    f"freedoom2/MAP{m:02d}" for m in range(1, 33)
+)
+TRAIN_MAPS = tuple(m for m in _ALL_MAPS if m not in VAL_MAPS)
+# Every resolution of the engine that is 4:3, the smallest first.
+_WIDTHS = (160, 256, 320, 400, 512, 640, 800, 1024)
+_PICKUPS = ("Ammo", "Health", "Armor", "Weapon", "Powerup", "Key")
+_NAMES = {"DoomImp": "imp", "ZombieMan": "zombie", "Zombieman": "zombie", "ShotgunGuy": "shotgun zombie",
+          "ChaingunGuy": "chaingun zombie", "Demon": "demon", "Spectre": "spectre", "LostSoul": "lost soul",
+          "Cacodemon": "cacodemon", "HellKnight": "hell knight", "BaronOfHell": "baron of hell",
+          "Fatso": "mancubus", "Arachnotron": "arachnotron", "Revenant": "revenant", "Archvile": "arch-vile",
+          "PainElemental": "pain elemental", "Cyberdemon": "cyberdemon", "SpiderMastermind": "spider mastermind",
+          "WolfensteinSS": "soldier", "ExplosiveBarrel": "barrel", "BigTree": "big tree", "TorchTree": "dead tree"}
+_NUMBERS = ("no", "one", "two", "three", "four")
+
+
+def camera_to_world(x: float, y: float, z: float, angle_deg: float) -> np.ndarray:
+    """(4,4) float64 OpenCV camera-to-world in metres of a Doom camera; angle counter-clockwise from east."""
+    c, s = np.cos(np.radians(angle_deg)), np.sin(np.radians(angle_deg))
+    pose = np.eye(4)
+    pose[:3, 0] = (s, 0.0, -c)
+    pose[:3, 1] = (0.0, 1.0, 0.0)
+    pose[:3, 2] = (c, 0.0, s)
+    pose[:3, 3] = np.array((x, -z, y)) / UNITS_PER_METRE
+    return pose
+
+
+def _engine_size(size_hw: tuple[int, int]) -> tuple[int, int]:
+    """The engine's smallest resolution of at least twice the output and a whole multiple of it."""
+    height, width = size_hw
+    if width * 3 != height * 4:
+        raise ValueError(f"data.size_hw={list(size_hw)}: VizDoom's cameras are exact at 4:3 only, e.g. [96,128]")
+    for candidate in _WIDTHS:
+        if candidate >= 2 * width and candidate % width == 0:
+            return candidate * 3 // 4, candidate
+    raise ValueError(
+        f"data.size_hw={list(size_hw)}: the width must divide one of the engine's {_WIDTHS} at least twice"
+    )
+
+
+class Engine:
+    """One VizDoom process in a working folder of its own. Use as a context manager."""
+
+    def __init__(self, map_name: str, size_hw: tuple[int, int]) -> None:
+        import vizdoom as vzd
+
+        height, width = _engine_size(size_hw)
+        wad, level = map_name.split("/")
+        self._folder = tempfile.TemporaryDirectory(prefix="vgr-doom-")
+        game = self.game = vzd.DoomGame()
+        game.set_doom_game_path(str(Path(vzd.__file__).parent / f"{wad}.wad"))
+        game.set_doom_config_path(str(Path(self._folder.name) / "vizdoom.ini"))
+        game.set_doom_map(level)
+        game.set_screen_resolution(getattr(vzd.ScreenResolution, f"RES_{width}X{height}"))
+        game.set_screen_format(vzd.ScreenFormat.RGB24)
+        game.set_depth_buffer_enabled(True)
+        game.set_labels_buffer_enabled(True)
+        game.set_objects_info_enabled(True)
+        for off in ("hud", "crosshair", "weapon", "screen_flashes", "messages",
+                    "particles", "effects_sprites"):
+            getattr(game, f"set_render_{off}")(False)
+        game.set_window_visible(False)
+        game.set_sound_enabled(False)
+        game.add_game_args("-nosound +sv_cheats 1 +movebob 0 +cl_showsecretmessage 0 +con_midtime 0")
+        button, variable = vzd.Button, vzd.GameVariable
+        game.set_available_buttons(
+            [button.MOVE_FORWARD_BACKWARD_DELTA, button.MOVE_LEFT_RIGHT_DELTA, button.TURN_LEFT_RIGHT_DELTA]
+        )
+        game.set_available_game_variables(
+            [variable.POSITION_X, variable.POSITION_Y, variable.CAMERA_POSITION_Z, variable.ANGLE, variable.DEAD]
+        )
+        game.set_mode(vzd.Mode.PLAYER)
+        game.set_episode_timeout(0)
+
+    def __enter__(self) -> Engine:
+        # The engine writes _vizdoom files where it stands when it starts.
+        with _inside(self._folder.name):
+            self.game.init()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(Exception):
+            self.game.close()
+        self._folder.cleanup()
+
+    def restart(self, seed: int) -> Any:
+        """A new episode; returns its first state after the tics in which the engine ignores turns."""
+        self.game.set_seed(seed & 0x7FFFFFFF)
+        with _inside(self._folder.name):
+            self.game.new_episode()
+        self.game.send_game_command("god")
+        return self.act(tics=12)
+
+    def act(self, forward: float = 0.0, right: float = 0.0, turn_deg: float = 0.0, tics: int = 1) -> Any:
+        """Moves for some tics and returns the state after them, or None where the level ended.
+
+        forward and right are the speeds wished for in map units a tic (3 engine units a tic push to a steady
+        speed of one map unit a tic); turn_deg is the turn of each tic, counter-clockwise.
+        """
+        self.game.make_action([3.0 * forward, 3.0 * right, -turn_deg], tics)
+        return None if self.game.is_episode_finished() else self.game.get_state()
+
+
+@contextlib.contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+class DoomSource:
+    """Clips of VizDoom walks, whole maps held out for validation.
+
+    Args: frames, size_hw and skip (engine tics a frame, fps = 35 / skip) of a clip; depth keeps (F,H,W) planar
+    depth in metres; clips_per_visit clips in a row share a map.
+    """
+
+    licence = "Freedoom maps and art: BSD-3-Clause, https://freedoom.github.io"
+
+    def __init__(self, frames: int, size_hw: tuple[int, int], skip: int = 2, depth: bool = False,
+                 clips_per_visit: int = 8) -> None:
+        self.frames, self.size_hw, self.skip = frames, (int(size_hw[0]), int(size_hw[1])), skip
+        self.depth, self.clips_per_visit = depth, clips_per_visit
+        self.fps = TICS_PER_SECOND / skip
+        self.splits = {"train": TRAIN_MAPS, "val": VAL_MAPS}
+        _engine_size(self.size_hw)
+        if skip < 1 or frames < 1:
+            raise ValueError(f"data.skip={skip}, data.frames={frames}: both must be at least 1")
+
+    def capture(self, seed: int, split: str, visit: int) -> list[Clip]:
+        """The clips_per_visit clips of one visit: a pure function of (seed, split, visit)."""
+        maps = self.splits[split]
+        clips: list[Clip] = []
+        # A map that gives no good clips is left for the next after a while; every map tried has given some.
+        for retry in range(len(maps)):
+            turn, place = divmod(visit + retry, len(maps))
+            name = maps[numpy_generator(seed, f"doom-maps-{split}", turn).permutation(len(maps))[place]]
+            with Engine(name, self.size_hw) as engine:
+                for attempt in range(5 * self.clips_per_visit):
+                    rng = numpy_generator(seed, f"doom-{split}", visit, retry, attempt)
+                    clip = self._record(engine, name, rng)
+                    if clip is not None:
+                        clips.append(clip)
+                    if len(clips) == self.clips_per_visit:
+                        return clips
+        raise RuntimeError(f"no map of {split} gave {self.clips_per_visit} good clips")
+
+    def _record(self, engine: Engine, name: str, rng: np.random.Generator) -> Clip | None:
+        """One try at a clip; None where it would be dull or broken."""
+        mood, side = draw_mood(rng)
+        state = _start(engine, mood, side, rng, self.skip / TICS_PER_SECOND)
+        if state is None:
+            return None
+        walker = Walker(rng, mood, side, self.skip / TICS_PER_SECOND)
+        lead = int(rng.integers(6, 14))
+        kept: list[np.ndarray] = []
+        poses, depths, seen = [], [], []
+        before = np.array(state.game_variables[:2])
+        for frame in range(lead + self.frames):
+            now = np.array(state.game_variables[:2])
+            moved = float(np.hypot(*(now - before))) / self.skip
+            if state.game_variables[4] or moved > 24:  # dead, or teleported
+                return None
+            before = now
+            forward, right, turn = walker.step(free_space(state.depth_buffer), moved)
+            if frame >= lead:
+                kept.append(state.screen_buffer)
+                poses.append(state.game_variables[:4])
+                depths.append(state.depth_buffer)
+                seen.append(state.labels if (frame - lead) % 8 == 0 else [])
+            state = engine.act(forward, right, turn / TICS_PER_SECOND, self.skip)
+            if state is None:
+                return None
+        depth_FHW = np.stack(depths)
+        frames_FHWC = _shrink(kept, self.size_hw)
+        if not worth_keeping(frames_FHWC, depth_FHW, seen):
+            return None
+        return Clip(
+            frames=frames_FHWC,
+            c2w=np.stack([camera_to_world(*pose) for pose in poses]),
+            intrinsics=np.tile(np.array([0.5, 0.8, 0.5, 0.5]), (self.frames, 1)),
+            fps=self.fps,
+            shots=[{"start": 0, "end": self.frames, "caption": describe(frames_FHWC, depth_FHW, seen, name)}],
+            source={"name": "vizdoom", "map": name, "mood": mood},
+            depth=_shrink(list(depth_FHW), self.size_hw, nearest=True) * np.float32(DEPTH_STEP / UNITS_PER_METRE)
+            if self.depth else None,
+        )
+
+
+def _start(engine: Engine, mood: str, side: int, rng: np.random.Generator, frame_s: float) -> Any:
+    """Walks a while from some place of the map to a view that suits the mood; None where all is walls."""
+    state = engine.restart(int(rng.integers(1 << 31)))
+    if rng.random() < 0.6:
+        engine.game.send_game_command("notarget")
+    # Things to pick up lie where one can stand, all over the map, but often in corners: hence the walk.
+    places = [(o.position_x, o.position_y) for o in state.objects if o.category in _PICKUPS]
+    for _ in range(6):
+        if places:
+            x, y = places[int(rng.integers(len(places)))]
+            engine.game.send_game_command(f"warp {x:.0f} {y:.0f}")
+        state = engine.act(turn_deg=float(rng.uniform(0, 360)))
+        ahead_K = _look_round(engine, state)
+        if ahead_K is None or ahead_K.max() < 200:
+            continue
+        state = engine.act(turn_deg=45.0 * int(ahead_K.argmax()))
+        walker, skip = Walker(rng, "walk", side, frame_s), round(frame_s * TICS_PER_SECOND)
+        for _ in range(int(rng.integers(15, 45))):
+            if state is None:
+                return None
+            forward, right, turn = walker.step(free_space(state.depth_buffer), 99.0)
+            state = engine.act(forward, right, turn / TICS_PER_SECOND, skip)
+        ahead_K = _look_round(engine, state)
+        if ahead_K is not None and ahead_K.max() > 220 and np.median(ahead_K) > 60:
+            return engine.act(turn_deg=45.0 * start_heading(ahead_K, mood, side, rng))
+    return None
+
+
+def _look_round(engine: Engine, state: Any) -> np.ndarray | None:
+    """Free distances ahead in eight headings, counter-clockwise from the present one; ends where it began."""
+    ahead = []
+    for _ in range(8):
+        if state is None:
+            return None
+        ahead.append(free_space(state.depth_buffer).ahead)
+        state = engine.act(turn_deg=45.0)
+    return np.array(ahead)
+
+
+def _shrink(images: list[np.ndarray], size_hw: tuple[int, int], nearest: bool = False) -> np.ndarray:
+    """Area averages (antialiasing), or for depth, which must not be averaged over edges, nearest samples."""
+    import cv2
+
+    how = cv2.INTER_NEAREST if nearest else cv2.INTER_AREA
+    return np.stack([cv2.resize(image, size_hw[::-1], interpolation=how) for image in images])
+
+
+def near_wall(depth_FHW: np.ndarray) -> np.ndarray:
+    """(F,) bool: frames whose middle is on the median nearer than 1.5 m: a wall or a thing at arm's length."""
+    height, width = depth_FHW.shape[1:]
+    middle = depth_FHW[:, height // 3 : height * 2 // 3 : 2, width // 4 : width * 3 // 4 : 2]
+    return np.median(middle.reshape(len(middle), -1), axis=1) * DEPTH_STEP < 1.5 * UNITS_PER_METRE
+
+
+def worth_keeping(frames_FHWC: np.ndarray, depth_FHW: np.ndarray, seen: list[list[Any]]) -> bool:
+    """False for clips that are mostly near-blank, dark, a wall at arm's length or one creature's chest."""
+    grey_FHW = frames_FHWC[::4].mean(axis=-1)
+    blank = (grey_FHW.std(axis=(1, 2)) < 9) | (grey_FHW.mean(axis=(1, 2)) < 22)
+    walls = near_wall(depth_FHW[::4])
+    area = depth_FHW[0].size
+    crowded = [any(label.object_category == "Monster" and label.width * label.height > 0.3 * area for label in labels)
+               for labels in seen[::8]]
+    return blank.mean() < 0.15 and walls.mean() < 0.15 and float(np.mean(crowded)) < 0.2
+
+
+def describe(frames_FHWC: np.ndarray, depth_FHW: np.ndarray, seen: list[list[Any]], map_name: str) -> str:
+    """A caption of what stands there: light, colour, kind of place, map and things in sight; no camera words."""
+    red, green, blue = frames_FHWC[::8].reshape(-1, 3).mean(axis=0)
+    mean, spread = (red + green + blue) / 3, max(red, green, blue) - min(red, green, blue)
+    light = "dark" if mean < 32 else "dim" if mean < 58 else "bright" if mean > 105 else ""
+    if spread < 0.14 * mean:
+        colour = "grey"
+    elif green >= max(red, blue):
+        colour = "green"
+    elif blue >= max(red, green):
+        colour = "blue"
+    else:
+        colour = "red" if green < 0.7 * red else "brown"
+    height, width = depth_FHW.shape[1:]
+    eye = depth_FHW[::8, height * 42 // 100 : height * 58 // 100].astype(np.float64) * DEPTH_STEP
+    far, sides = eye.mean(), eye[:, :, : width // 6].mean() + eye[:, :, -width // 6 :].mean()
+    if (depth_FHW[::8, : height // 4] >= 250).mean() > 0.25:
+        place = "yard under the open sky"
+    else:
+        place = "hall" if far > 620 else "corridor" if sides < 0.95 * far else "room" if far > 240 else "chamber"
+    wad, level = map_name.split("/")
+    level = f"map {int(level[3:])}" if level.startswith("MAP") else f"episode {level[1]} map {level[3]}"
+    things = _things(seen, depth_FHW[0].size)
+    return " ".join(filter(None, ("a", light, colour, place, "of", wad, level))) + (f" with {things}" if things else "")
+
+
+def _things(seen: list[list[Any]], area: int) -> str:
+    """Creatures first, then scenery, each with the most that stood in one frame: "two imps and a barrel"."""
+    most: Counter[tuple[bool, str]] = Counter()
+    for labels in seen:
+        here: Counter[tuple[bool, str]] = Counter()
+        for label in labels:
+            creature = label.object_category == "Monster"
+            known = creature or label.object_name in _NAMES
+            if known and label.width * label.height > 0.002 * area:
+                here[(creature, _NAMES.get(label.object_name, label.object_name.lower()))] += 1
+        most |= here
+    words = []
+    for (_, name), count in sorted(most.items(), key=lambda item: (not item[0][0], -item[1], item[0][1]))[:3]:
+        article = "an" if name[0] in "aeiou" else "a"
+        words.append(f"{article} {name}" if count == 1 else
+                     f"{_NUMBERS[count] if count < 5 else 'many'} {_plural(name)}")
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
+
+
+def _plural(name: str) -> str:
+    if name.endswith("us"):
+        return name[:-2] + "i"
+    head, _, tail = name.partition(" of ")
+    return f"{head}s of {tail}" if tail else f"{name}s"

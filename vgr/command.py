@@ -124,7 +124,7 @@ def changes_results(key: str) -> bool:
 
 
 def run_folder(runs: str, experiment: str | None, overrides: Iterable[str], seed: int) -> Path:
-    """runs/<experiment>[--<overrides that change results>]/seed<k>: the same command finds the same folder."""
+    """runs/<experiment>[--<overrides that change results>]/seed<k>; a command always finds its own folder."""
     named = [(o.split("=", 1)[0].lstrip("+~"), o) for o in overrides]
     told = ",".join(sorted(o for k, o in named if changes_results(k) and k not in ("seed", "experiments")))
     clean = re.sub(r"[^\w.,=+-]", "_", told)
@@ -190,8 +190,9 @@ def _explain_missing(error: MissingConfigException, config_name: str) -> str:
     group, _, name = (error.missing_cfg_file or "").strip("/").partition("/")
     if not name:
         return " ".join(str(error).split())
-    files = (root() / "conf" / group).glob("*.yaml")
-    options = presets() if group == "experiments" else sorted(p.stem for p in files)
+    folders = [*_config_dirs()[:-1], root() / "conf"]
+    files = {p.stem for folder in folders for p in (folder / group).glob("*.yaml")}
+    options = presets() if group == "experiments" else sorted(files)
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     hint = f"did you mean {group}={near[0]}? " if near else ""
     return f"{group}={name} does not exist; {hint}Choices of {group}: {', '.join(options) or 'none'}"

@@ -48,15 +48,21 @@ def memory_gib() -> float:
 
 
 class EveryStep(pl.Callback):
-    """Runs the actions after every optimizer step; on SIGTERM or SIGUSR1 saves and stops after the step."""
+    """Restores `checkpoint`, then runs the actions and `save` after every optimizer step.
 
-    def __init__(self, actions: Sequence[Action], save: SaveEvery) -> None:
-        self.actions, self.save = [*actions, save], save
+    On SIGTERM or SIGUSR1 the run saves and stops after the step at hand; `signal` says so.
+    """
+
+    def __init__(self, actions: Sequence[Action], save: SaveEvery, checkpoint: Path | None) -> None:
+        self.actions, self.save, self.checkpoint = [*actions, save], save, checkpoint
         self.signal: int | None = None
         self._seen = -1
 
     def on_train_start(self, trainer: pl.Trainer, module: WorldModelTraining) -> None:
         self._seen = module.samples_seen
+        if self.checkpoint is not None:
+            optimizer = module.optimizers(use_pl_optimizer=False)
+            checkpoints.restore(self.checkpoint, module.weights(), module.ema_weights(), module, optimizer)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._on_signal)
@@ -107,9 +113,7 @@ class ValidateEvery:
             log(trainer, module, values)
 
 
-def run_validation(
-    trainer: pl.Trainer, module: WorldModelTraining, batches: Sequence[VideoBatch]
-) -> Validation:
+def run_validation(trainer: pl.Trainer, module: WorldModelTraining, batches: Sequence[VideoBatch]) -> Validation:
     """`module.validate` in the precision of training."""
     with trainer.precision_plugin.forward_context():
         return module.validate(batches)

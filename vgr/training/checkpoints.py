@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,27 +267,33 @@ def read_weights(checkpoint: Path, part: str = "ema", prefix: str = "") -> dict[
 
 
 def restore(
-    checkpoint: Path, weights: dict[str, Tensor], ema: dict[str, Tensor], module: nn.Module, optimizer: Any
-) -> dict[str, Any]:
-    """Fill weights, EMA and optimizer in place from a verified checkpoint; returns its state.json."""
-    verify(checkpoint)
+    checkpoint: Path,
+    weights: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    module: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Fill weights and EMA in place from a verified checkpoint, and the optimizer over module's parameters.
+
+    Raises ValueError if names or shapes differ.
+    """
     for part, tensors in (("weights", weights), ("ema", ema)):
-        if tensors:
-            _match(tensors, _stored_tensors(checkpoint / part), checkpoint / part)
-            _load_tensors(tensors, checkpoint / part)
-    if (checkpoint / "optimizer").is_dir():
+        stored = {name: info.size for name, info in _stored_tensors(checkpoint / part).items()}
+        match(tensors, stored, checkpoint / part)
+        _load_tensors(tensors, checkpoint / part)
+    if optimizer is not None and (checkpoint / "optimizer").is_dir():
         _restore_optimizer(module, optimizer, checkpoint / "optimizer")
-    return read_state(checkpoint)
 
 
-def _match(tensors: dict[str, Tensor], stored: dict[str, Any], where: Path) -> None:
-    """Refuse tensors that differ in name or shape from what is stored."""
-    missing = sorted(set(tensors) ^ set(stored))
-    shapes = [n for n in tensors if n in stored and tuple(tensors[n].shape) != tuple(stored[n].size)]
-    if missing or shapes:
-        named = [f"`{n}` is on one side only" for n in missing] + [
-            f"`{n}` is {tuple(stored[n].size)} there, {tuple(tensors[n].shape)} here" for n in shapes
-        ]
+def match(tensors: dict[str, Tensor], stored: dict[str, Sequence[int]], where: Path) -> None:
+    """Refuse (ValueError) tensors that differ in name or shape from the stored ones."""
+    named = [f"`{name}` is on one side only" for name in sorted(set(tensors) ^ set(stored))]
+    named += [
+        f"`{name}` is {tuple(stored[name])} there, {tuple(tensors[name].shape)} here"
+        for name in tensors
+        if name in stored and tuple(tensors[name].shape) != tuple(stored[name])
+    ]
+    if named:
         count = f"{len(named)} differences"
         raise ValueError(f"{where} does not fit this model: {'; '.join(named[:3])} ({count})")
 

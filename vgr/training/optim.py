@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 # Tables added to modulations act as biases although they are matrices.
-_BIAS_LIKE = ("A_log", "dt_bias", "scale_shift_table", "null")
+_BIAS_LIKE = ("A_log", "dt_bias", "table")
 
 
 def decays(name: str, parameter: Tensor) -> bool:
     """True for weight matrices and kernels; false for vectors, norms, gates' constants and added tables."""
-    return parameter.ndim > 1 and not name.rsplit(".", 1)[-1].startswith(_BIAS_LIKE)
+    return parameter.ndim > 1 and not name.endswith(_BIAS_LIKE)
 
 
 def adamw(

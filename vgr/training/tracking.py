@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 class JsonlLogger(Logger):
-    """Appends one JSON object a line: samples_seen, time_s over all restarts, and the values; flushed at once."""
+    """Appends one JSON object a line, flushed at once: samples_seen, time_s over all restarts, the values."""
 
     def __init__(self, path: Path, seconds_before: float = 0.0) -> None:
         super().__init__()
@@ -66,6 +66,13 @@ class JsonlLogger(Logger):
         line = {"samples_seen": step, "time_s": round(self.seconds(), 3), **metrics}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Close the file; a later line opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     @rank_zero_only
     def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -110,9 +117,7 @@ class WandbLogger(Logger):
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(
-                "logger=wandb needs the wandb package: pip install wandb, or logger=none"
-            ) from error
+            raise ValueError("logger=wandb needs the wandb package: pip install wandb, or logger=none") from error
         if self.mode == "auto":
             has_key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
             self.mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
@@ -148,7 +153,8 @@ class WandbLogger(Logger):
         self._run.log({"samples_seen": step, "samples": wandb.Video(str(path), format="mp4")})
 
     @rank_zero_only
-    def finalize(self, status: str) -> None:
+    def close(self) -> None:
+        """End the W&B run; Lightning's own end of training comes before the final validation."""
         if self._run is not None:
-            self._run.finish(exit_code=0 if status == "success" else 1)
+            self._run.finish()
             self._run = None

@@ -1,4 +1,4 @@
-"""Training of the bidirectional world model: flow matching with a clean first frame (SANA-WM, section 5.2, C.2).
+"""Training of the bidirectional world model: flow matching, first frame clean (SANA-WM, sections 5.2, C.2).
 
 x_t = (1 - t) x0 + t noise, target v = noise - x0, squared error without weighting over times. Every random
 number is a function of (seed, purpose, position of the sample), so a step is the same at any rank count,
@@ -36,8 +36,8 @@ class Validation:
     def metrics(self) -> dict[str, float]:
         """val/loss, val/loss_t*, val/loss_shuffled_camera and val/camera_gain with a normal 95 % interval.
 
-        The gain is the shuffled minus the own loss of each clip, averaged over levels; its interval is that of
-        a mean of N paired differences.
+        The gain is the shuffled minus the own loss of each clip, averaged over levels; its interval is that
+        of a mean of N paired differences.
         """
         gain_N = (self.shuffled_NL - self.own_NL).mean(1)
         half = 1.96 * float(gain_N.std()) / math.sqrt(len(gain_N))
@@ -57,9 +57,9 @@ class Validation:
 class WorldModelTraining(pl.LightningModule):
     """Trains `model` and `text` jointly; `codec` only says how raw frames group into latent frames.
 
-    lr, warmup_samples, max_samples, ema_half_life are counted in samples (clips). clip: largest gradient norm.
+    warmup_samples, max_samples and ema_half_life are counted in samples (clips). clip: largest gradient norm.
     schedule: "constant" or "cosine" (to a tenth at max_samples). camera_dropout: probability that a clip's
-    cameras are replaced by a camera that stands still at the first frame's pose (the model always takes cameras).
+    camera stands still at the first frame's pose instead (the model always takes cameras).
     """
 
     def __init__(
@@ -80,8 +80,6 @@ class WorldModelTraining(pl.LightningModule):
         clip: float = 0.5,
         ema_half_life: float = 2000.0,
         flow_shift: float = 9.95,
-        time_mean: float = 0.0,
-        time_std: float = 1.0,
         first_frame_clean: float = 0.9,
         text_dropout: float = 0.1,
         camera_dropout: float = 0.0,
@@ -101,7 +99,6 @@ class WorldModelTraining(pl.LightningModule):
         self.lr, self.warmup_samples, self.schedule, self.clip = lr, warmup_samples, schedule, clip
         self.weight_decay, self.betas, self.eps = weight_decay, tuple(betas), eps
         self.ema_half_life, self.flow_shift = ema_half_life, flow_shift
-        self.time_mean, self.time_std = time_mean, time_std
         self.first_frame_clean = first_frame_clean
         self.text_dropout, self.camera_dropout = text_dropout, camera_dropout
         self.validation_levels = tuple(validation_levels)
@@ -115,9 +112,7 @@ class WorldModelTraining(pl.LightningModule):
         """Optimizer steps since the run began, over all restarts."""
         return self.samples_seen // self.global_batch
 
-    def transfer_batch_to_device(
-        self, batch: VideoBatch, device: torch.device, dataloader_idx: int
-    ) -> VideoBatch:
+    def transfer_batch_to_device(self, batch: VideoBatch, device: torch.device, dataloader_idx: int) -> VideoBatch:
         # Positions seed CPU generators: kept on the CPU they cost no synchronisation.
         return dataclasses.replace(batch.to(device), position=batch.position)
 
@@ -130,39 +125,24 @@ class WorldModelTraining(pl.LightningModule):
         layout = dataclasses.replace(Layout.whole(*shot_BT.shape, device=shot_BT.device), shot=shot_BT)
         return Conditioning(layout, text(captions), grouped)
 
-    def losses(
-        self, networks: Any, x0_BCTHW: Tensor, noise_BCTHW: Tensor, t_BT: Tensor, cond: Conditioning
-    ) -> Tensor:
+    def losses(self, network: Any, x0_BCTHW: Tensor, noise_BCTHW: Tensor, t_BT: Tensor, cond: Conditioning) -> Tensor:
         """Mean squared velocity error of each clip (B,) over its frames with t > 0, in fp32."""
-        x = flow.interpolate(x0_BCTHW, noise_BCTHW, t_BT)
-        v, _ = networks(x, t_BT, cond)
-        error_BT = (v.float() - flow.velocity(x0_BCTHW, noise_BCTHW)).square().mean((1, 3, 4))
-        weight_BT = (t_BT > 0).float()
-        return (error_BT * weight_BT).sum(1) / weight_BT.sum(1)
+        v, _ = network(flow.interpolate(x0_BCTHW, noise_BCTHW, t_BT), t_BT, cond)
+        return flow.velocity_loss(v, flow.velocity(x0_BCTHW, noise_BCTHW), t_BT > 0)
 
     def _dropped(self, batch: VideoBatch) -> tuple[tuple[tuple[str, ...], ...], Cameras, Tensor]:
         """Captions, cameras and times (B,T) of a training batch after dropout, drawn per sample position."""
-        captions, c2w, times = [], batch.cameras.c2w.clone(), []
+        captions, c2w = [], batch.cameras.c2w.clone()
         for b, position in enumerate(batch.position.tolist()):
             generator = torch_generator(self.seed, "dropout", position)
-            no_text, no_camera, clean = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+            no_text, no_camera = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
             shots = batch.captions[b]
             captions.append(("",) * len(shots) if no_text < self.text_dropout else shots)
             if no_camera < self.camera_dropout:
                 c2w[b] = c2w[b, :1]
-            t_T = self._times(position).repeat(batch.latents.shape[2])
-            if clean < self.first_frame_clean and len(t_T) > 1:
-                t_T[0] = 0.0
-            times.append(t_T)
-        cameras = Cameras(c2w, batch.cameras.intrinsics)
-        return tuple(captions), cameras, torch.stack(times).to(batch.latents.device)
-
-    def _times(self, position: int) -> Tensor:
-        """The one noise level of a sample (1,): shifted logit-normal on 1000 levels, never exactly clean."""
-        generator = torch_generator(self.seed, "time", position)
-        return timesteps.training_times(
-            1, shift=self.flow_shift, mean=self.time_mean, std=self.time_std, generator=generator
-        )
+        frames = batch.latents.shape[2]
+        t_BT = timesteps.training_times(batch.position, frames, self.seed, self.flow_shift, self.first_frame_clean)
+        return tuple(captions), Cameras(c2w, batch.cameras.intrinsics), t_BT.to(batch.latents.device)
 
     def _sample_losses(self, batch: VideoBatch) -> Tensor:
         captions, cameras, t_BT = self._dropped(batch)
@@ -186,7 +166,7 @@ class WorldModelTraining(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip to `clip` and keep loss and norm for the log; FloatingPointError before a bad step is taken."""
+        """Clip to `clip`, keep loss and norm for the log; FloatingPointError before a bad step is taken."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -200,9 +180,7 @@ class WorldModelTraining(pl.LightningModule):
         self.last_step = {"train/loss": loss, "train/grad_norm": values[1], "train/lr": lr}
         self._pending.clear()
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         seen, total = self.samples_seen, self.max_samples
         factor = optim.lr_factor(seen, self.warmup_samples, total, self.schedule, final=0.1)
         for group in optimizer.param_groups:

@@ -1,0 +1,343 @@
+"""vgr-train: train a preset, or list them all.
+
+vgr-train experiments=world_model/tiny seed=1
+vgr-train --list
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vgr import command
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from vgr.training import callbacks
+    from vgr.training.world_model import WorldModelTraining
+    from vgr.types import VideoBatch
+
+
+def main() -> None:
+    """Entry point of `vgr-train` and `python -m vgr.train`."""
+    if "--list" in sys.argv[1:]:
+        print(preset_table())
+        return
+    command.run("train", body)
+
+
+def body(cfg: DictConfig) -> None:
+    """Train what the command line says, in the folder that belongs to it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    job = HydraConfig.get()
+    experiment = job.runtime.choices.get("experiments")
+    train(cfg, command.run_folder(cfg.runs, experiment, job.overrides.task, cfg.seed))
+
+
+def train(cfg: DictConfig, run_dir: Path) -> None:
+    """Train cfg in run_dir, continuing what is found there, then validate and write validation.json.
+
+    Raises ValueError or OSError, before a GPU is held, for settings, data and checkpoints that do not fit;
+    FloatingPointError, naming the last good checkpoint, when loss or gradient stop being finite.
+    """
+    import torch
+
+    from vgr.training import checkpoints
+
+    command.check_targets(cfg)
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # what this process may use, not what the box has
+    config = OmegaConf.to_container(cfg, resolve=True)
+    checkpoint = find_checkpoint(cfg.resume, run_dir)
+    if checkpoint is not None:
+        checkpoints.verify(checkpoint)
+        refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)
+    module, data, codec = build(cfg)
+    if cfg.init_from is not None and checkpoint is None:
+        load_initial(module, Path(cfg.init_from))
+    trainer, steps, batches = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
+    try:
+        fit(trainer, steps, module, data, checkpoint)
+        if steps.signal is not None:
+            print(f"stopped by signal {steps.signal}; the same command continues", file=sys.stderr)
+            sys.exit(128 + steps.signal)
+        final_validation(trainer, module, batches, run_dir)
+    except FloatingPointError as error:
+        good = checkpoints.latest(run_dir / "checkpoints")
+        raise FloatingPointError(f"{error}; last good checkpoint: {good or 'none yet'}") from error
+    finally:
+        for logger in trainer.loggers:
+            logger.close()
+
+
+def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint to continue from: `auto` the run's latest, null none, else a path inside run_dir."""
+    from vgr.training import checkpoints
+
+    folder = run_dir / "checkpoints"
+    if resume is None:
+        if checkpoints.latest(folder) is not None:
+            raise ValueError(f"resume=null, but {run_dir} holds a run: remove that folder, or use resume=auto")
+        return None
+    if resume == "auto":
+        return checkpoints.latest(folder)
+    chosen = checkpoints.resolve(Path(resume))
+    if chosen.resolve().parent != folder.resolve():
+        raise ValueError(f"resume={resume} is not a checkpoint of {run_dir}; init_from={resume} takes its weights only")
+    checkpoints.verify(chosen)
+    checkpoints.point_latest(chosen)
+    return chosen
+
+
+def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """ValueError naming every setting that would change results and differs from the run's own."""
+
+    def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        return {k: v for name, x in node.items() for k, v in leaves(x, f"{prefix}.{name}".strip(".")).items()}
+
+    old, new = leaves(saved), leaves(now)
+    different = [
+        f"{key} (was {old.get(key, 'unset')}, is {new.get(key, 'unset')})"
+        for key in sorted(old.keys() | new.keys())
+        if command.changes_results(key) and old.get(key, "unset") != new.get(key, "unset")
+    ]
+    if different:
+        raise ValueError(
+            f"{checkpoint} was made with other settings: {', '.join(different)}. Restore them, or remove the run"
+        )
+
+
+def build(cfg: DictConfig) -> tuple[WorldModelTraining, pl.LightningDataModule, Any]:
+    """Training module, data and codec of a configuration, checked against each other. Raises ValueError."""
+    import torch
+    from hydra.utils import instantiate
+
+    from vgr.seeding import derive_seed
+
+    codec = instantiate(cfg.codec)
+    global_batch = cfg.training.global_batch
+    data = instantiate(cfg.data, codec_fingerprint=codec.fingerprint, seed=cfg.seed, global_batch=global_batch)
+    if cfg.model.in_channels != codec.channels:
+        raise ValueError(
+            f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
+        )
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    text = instantiate(cfg.text)
+    model = instantiate(cfg.model)
+    module = instantiate(cfg.training, model=model, text=text, codec=codec, seed=cfg.seed)
+    return module, data, codec
+
+
+def load_initial(module: WorldModelTraining, path: Path) -> None:
+    """Weights only, from the averaged weights of any run's checkpoint; position and optimizer start afresh."""
+    from vgr.training import checkpoints
+
+    checkpoint = checkpoints.resolve(path)
+    stored = checkpoints.read_weights(checkpoint)
+    for own in (module.weights(), module.ema_weights()):
+        checkpoints.match(own, {k: v.shape for k, v in stored.items()}, checkpoint)
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+
+
+def prepare_run(
+    cfg: DictConfig,
+    config: dict[str, Any],
+    run_dir: Path,
+    module: WorldModelTraining,
+    data: pl.LightningDataModule,
+    codec: Any,
+    checkpoint: Path | None,
+) -> tuple[pl.Trainer, callbacks.EveryStep, list[VideoBatch]]:
+    """The trainer with its loggers and the actions between steps; the run folder is made and rewound."""
+    from vgr.training import callbacks, checkpoints, tracking
+
+    state = {"samples_seen": 0, "time_s": 0.0} if checkpoint is None else checkpoints.read_state(checkpoint)
+    module.samples_seen = state["samples_seen"]
+    batches = data.val_batches(cfg.data.micro_batch)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    metrics = tracking.JsonlLogger(run_dir / "metrics.jsonl", state["time_s"])
+    validated = (run_dir / "validation.json").is_file()
+
+    def keep(line: dict[str, Any]) -> bool:
+        final = line["samples_seen"] >= module.max_samples and "val/loss" in line
+        return line["samples_seen"] <= module.samples_seen and (validated or not final)
+
+    metrics.rewind(keep)
+    loggers: list[Any] = [metrics]
+    if cfg.logger is not None and cfg.logger.get("_target_"):
+        from hydra.utils import instantiate
+
+        loggers.append(instantiate(cfg.logger))
+        loggers[-1].open(run_dir, config)
+    generator = generator_record(cfg, module, codec, batches[0])
+    save = callbacks.SaveEvery(cfg.every.save, run_dir / "checkpoints", config, generator, metrics, cfg.keep)
+    validation = callbacks.ValidateEvery(cfg.every.validate, batches)
+    actions: list[callbacks.Action] = [callbacks.LogEvery(cfg.every.log), validation]
+    if cfg.every.sample:
+        write = sample_writer(cfg, codec, batches[0])
+        actions.append(callbacks.SampleEvery(cfg.every.sample, run_dir / "samples", write))
+    steps = callbacks.EveryStep([*actions, callbacks.Progress()], save, checkpoint)
+    return make_trainer(cfg, loggers, steps, run_dir), steps, batches
+
+
+def make_trainer(cfg: DictConfig, loggers: list[Any], steps: callbacks.EveryStep, run_dir: Path) -> pl.Trainer:
+    """The Lightning trainer; `precision: auto` is bf16-mixed on a GPU that has it. Raises ValueError."""
+    import logging
+
+    import torch
+    from hydra.utils import instantiate
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not on_gpu:
+        raise ValueError(f"trainer.accelerator={cfg.trainer.accelerator}, but torch finds no GPU: use trainer=cpu")
+    precision = cfg.trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    build_trainer = instantiate(cfg.trainer, _partial_=True, precision=precision)
+    world = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
+    batch, micro = cfg.training.global_batch, cfg.data.micro_batch
+    if batch % (micro * world):
+        raise ValueError(
+            f"training.global_batch={batch} is not a multiple of data.micro_batch={micro} x {world} devices"
+        )
+    return build_trainer(
+        logger=loggers,
+        callbacks=[steps],
+        max_epochs=1,
+        accumulate_grad_batches=batch // (micro * world),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(run_dir),
+    )
+
+
+def fit(
+    trainer: pl.Trainer,
+    steps: callbacks.EveryStep,
+    module: WorldModelTraining,
+    data: pl.LightningDataModule,
+    checkpoint: Path | None,
+) -> None:
+    """The remaining steps, if any; else only the weights of the finished run are loaded."""
+    import warnings
+
+    from vgr.training import checkpoints
+
+    total = -(-module.max_samples // module.global_batch)
+    data.start_batch, data.total_batches = module.step, total
+    if module.step >= total:
+        checkpoints.restore(checkpoint, module.weights(), module.ema_weights())
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        trainer.fit(module, datamodule=data)
+
+
+def final_validation(trainer: pl.Trainer, module: WorldModelTraining, batches: list[VideoBatch], run_dir: Path) -> None:
+    """Validate once more at the end, write validation.json, say where things are."""
+    from vgr.training import callbacks
+
+    path = run_dir / "validation.json"
+    if not path.is_file():
+        module.to(trainer.strategy.root_device)
+        result = callbacks.run_validation(trainer, module, batches)
+        callbacks.log(trainer, module, result.metrics())
+        if trainer.is_global_zero:
+            callbacks.write_validation(path, result)
+    if trainer.is_global_zero:
+        print(f"trained {module.samples_seen} samples; run folder {run_dir}, final validation {path}")
+
+
+def generator_record(cfg: DictConfig, module: WorldModelTraining, codec: Any, batch: VideoBatch) -> dict[str, Any]:
+    """generator.json: everything sampling needs beside the weights. Raises ValueError if data do not fit."""
+    _, channels, frames, height, width = batch.latents.shape
+    if channels != codec.channels:
+        raise ValueError(f"the shards hold {channels} channels, codec makes {codec.channels}: run vgr-prepare again")
+    parts = {"model": module.model, "text": module.text, "codec": codec}
+    named = {k: {"class": type(m).__name__, "config": m.config} for k, m in parts.items()}
+    return {
+        "format": 1,
+        **named,
+        "codec_fingerprint": codec.fingerprint,
+        "fps": float(batch.fps[0]),
+        "size_hw": [height * codec.stride[1], width * codec.stride[2]],
+        "max_frames": 1 + (frames - 1) * codec.stride[0],
+        "sampling": OmegaConf.to_container(cfg.sampling, resolve=True),
+    }
+
+
+def sample_writer(
+    cfg: DictConfig, codec: Any, batch: VideoBatch, clips: int = 4
+) -> Callable[[WorldModelTraining, Path], None]:
+    """A function (module, path) that writes one video: held-out clips, truth left and averaged model right."""
+    import torch
+
+    from vgr.data.video import write_video
+    from vgr.diffusion import guidance, samplers, timesteps
+    from vgr.seeding import normal_like
+    from vgr.types import Cameras
+
+    sigmas = timesteps.sigma_grid(cfg.sampling.steps, cfg.sampling.shift)
+
+    @torch.no_grad()
+    def write(module: WorldModelTraining, path: Path) -> None:
+        text, model, device = module.ema["text"].eval(), module.ema["model"].eval(), module.device
+        truth = batch.latents[:clips].to(device)
+        cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips]).to(device)
+        captions = batch.captions[:clips]
+        cond = module.conditioning(text, captions, cameras, batch.shot[:clips].to(device))
+        null = text(tuple(("",) * len(shots) for shots in captions))
+        denoiser = guidance.guided(model, cfg.sampling.guidance, null)
+        noise = normal_like(truth, cfg.seed, "samples", torch.arange(len(captions)))
+        made = samplers.euler(denoiser, noise, cond, sigmas, first_frame=truth[:, :, :1])
+        pairs = [codec.to(device).decode(x.float()) for x in (truth, made)]
+        video = torch.cat([torch.cat(list(p), dim=2) for p in pairs], dim=3)  # clips below each other
+        frames = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+        write_video(path, frames.cpu().numpy(), float(batch.fps[0]))
+
+    return write
+
+
+def preset_table() -> str:
+    """One paragraph a preset: parameters, devices, memory, needs, and the question of its header."""
+    import torch
+    from hydra.utils import instantiate
+
+    rows = []
+    for name in command.presets():
+        cfg = command.compose("train", [f"experiments={name}"])
+        with torch.device("meta"):
+            modules = [instantiate(cfg.model), instantiate(cfg.text)]
+        parameters = sum(p.numel() for m in modules for p in m.parameters())
+        header = dict(re.findall(r"^# (\w+): *(.*)$", command.preset_file(name).read_text(), re.MULTILINE))
+        # Weights, gradients, average and two moments in fp32; activations come on top.
+        memory = header.get("Memory") or f"about {parameters * 20 / 2**30:.2f} GiB and activations (estimated)"
+        rows.append(
+            f"experiments={name}\n"
+            f"  parameters {parameters / 1e6:.1f} M   devices {header.get('Hardware', cfg.trainer.devices)}"
+            f"   memory {memory}\n"
+            f"  needs {header.get('Needs', 'nothing beyond the install')}"
+            f"   hours {header.get('Hours', 'not measured')}\n"
+            f"  {header.get('Question', '')}"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Small charts as inline SVG, coloured by the page's style sheet, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 230, 50, 10, 12, 34
+
+
+class Line(NamedTuple):
+    """One line: style is a CSS class (its colour), low and high an optional band around y."""
+
+    x: Sequence[float]
+    y: Sequence[float | None]
+    style: str
+    name: str = ""
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+    thin: bool = False
+
+
+def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -> str:
+    """A figure with axes; points that are None or not finite are left out. zero draws the line y = 0."""
+    data = [(line, [(x, y, lo, hi) for x, y, lo, hi in _points(line) if _finite(x) and _finite(y)]) for line in lines]
+    every = [p for _, points in data for p in points]
+    if not every:
+        return ""
+    heights = [v for _, y, lo, hi in every for v in (y, lo, hi) if _finite(v)] + ([0.0] if zero else [])
+    x_ticks, y_ticks = _ticks(min(p[0] for p in every), max(p[0] for p in every)), _ticks(min(heights), max(heights))
+    x0, x1 = min(p[0] for p in every), max(p[0] for p in every)
+    y0, y1 = min(heights + [y_ticks[0]]), max(heights + [y_ticks[-1]])
+
+    def at(x: float, y: float) -> str:
+        px = _LEFT + (x - x0) / ((x1 - x0) or 1) * (_W - _LEFT - _RIGHT)
+        py = _H - _BOTTOM - (y - y0) / ((y1 - y0) or 1) * (_H - _TOP - _BOTTOM)
+        return f"{px:.1f},{py:.1f}"
+
+    parts = []
+    for y in y_ticks:
+        left, right = at(x0, y), at(x1, y)
+        parts.append(f'<path class="axis" d="M{left} L{right}"/>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{float(left.split(",")[1]) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in x_ticks:
+        px = at(x, y0).split(",")[0]
+        if x0 <= x <= x1:
+            parts.append(f'<text x="{px}" y="{_H - 16}" text-anchor="middle">{_short(x)}</text>')
+    parts.append(f'<text x="{_W - _RIGHT}" y="{_H - 2}" text-anchor="end">{escape(x_label)}</text>')
+    if zero:
+        parts.append(f'<path class="zero" d="M{at(x0, 0)} L{at(x1, 0)}"/>')
+    for line, points in data:
+        band = [p for p in points if _finite(p[2]) and _finite(p[3])]
+        if band:
+            outline = [at(p[0], p[3]) for p in band] + [at(p[0], p[2]) for p in reversed(band)]
+            parts.append(f'<polygon class="band {line.style}" points="{" ".join(outline)}"/>')
+        thin = " thin" if line.thin else ""
+        dots = " ".join(at(p[0], p[1]) for p in points)
+        parts.append(f'<polyline class="line {line.style}{thin}" points="{dots}"/>')
+    figure = f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return f"<figure>{figure}<figcaption>{escape(title)}</figcaption></figure>"
+
+
+def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Mean over a centred window of `share` of the points (of at least 1)."""
+    v = np.asarray(values, dtype=np.float64)
+    half = int(len(v) * share / 2)
+    sums = np.concatenate([[0.0], np.cumsum(v)])
+    low, high = np.maximum(np.arange(len(v)) - half, 0), np.minimum(np.arange(len(v)) + half + 1, len(v))
+    return ((sums[high] - sums[low]) / (high - low)).tolist()
+
+
+def path_from_above(c2w_F44: NDArray[np.float64], other_F44: NDArray[np.float64] | None = None) -> str:
+    """The camera's way seen from above, first frame at the origin looking up, ticks along the view; SVG.
+
+    A path without way (turning on the spot) shows as a fan of views. other: a second path, drawn as a
+    control.
+    """
+    size, margin = 100.0, 14.0
+    plans = [_plan(c2w_F44)] + ([_plan(other_F44)] if other_F44 is not None else [])
+    spread = np.concatenate([p[:, :2] for p in plans])
+    low, high = spread.min(0), spread.max(0)
+    scale = (size - 2 * margin) / max(float((high - low).max()), 1e-3)
+    middle = (low + high) / 2
+    parts, here = [], []
+    for plan, style in reversed(list(zip(plans, ("modelc", "swapped")))):
+        xy = size / 2 + (plan[:, :2] - middle) * scale * np.array([1, -1])
+        angle = np.degrees(plan[:, 2])
+        for i in np.linspace(0, len(xy) - 1, 9).round().astype(int):
+            dx, dy = 7 * math.sin(plan[i, 2]), -7 * math.cos(plan[i, 2])
+            x, y = xy[i]
+            parts.append(f'<path class="line thin {style}" d="M{x:.1f},{y:.1f} l{dx:.1f},{dy:.1f}"/>')
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in xy)
+        parts.append(f'<polyline class="line {style}" points="{points}"/>')
+        here = [[round(float(v), 1) for v in (x, y, a)] for (x, y), a in zip(xy, angle)]
+    x, y, a = here[0]
+    parts.append(
+        f'<path class="here modelc" fill="currentColor" d="M0,-7 L4,4 L-4,4 Z" transform="translate({x} {y}) '
+        f'rotate({a})" data-path="{escape(json.dumps(here))}"/>'
+    )
+    return f'<svg viewBox="0 0 100 100" role="img" aria-label="camera path from above">{"".join(parts)}</svg>'
+
+
+def _plan(c2w: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(F,3): right, forward in metres and heading in radians (clockwise from above), in the first frame's
+    axes.
+    """
+    relative = np.linalg.inv(c2w[0]) @ c2w
+    forward = relative[:, :3, 2]
+    return np.stack([relative[:, 0, 3], relative[:, 2, 3], np.arctan2(forward[:, 0], forward[:, 2])], axis=1)
+
+
+def _points(line: Line) -> list[tuple[Any, Any, Any, Any]]:
+    none = [None] * len(line.x)
+    return list(zip(line.x, line.y, line.low or none, line.high or none))
+
+
+def _finite(x: float | None) -> bool:
+    return isinstance(x, int | float) and math.isfinite(x)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About four round numbers from at most low to at least high."""
+    raw = ((high - low) or abs(high) or 1.0) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    return [float(f"{k * step:.10g}") for k in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def _short(x: float) -> str:
+    return f"{x / 1000:g}k" if abs(x) >= 10000 else f"{x:g}"

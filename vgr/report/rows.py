@@ -1,0 +1,154 @@
+"""The rows of a result: true videos, the codec's round trip, the model, and two controls, each a set of
+videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vgr.metrics import frame_rate
+from vgr.report.sets import Clip, Frames, VideoSet, fill_set, write_json
+from vgr.seeding import derive_seed
+
+# In the order of the table: what people read, and what the row is for.
+LABELS = {
+    "truth": ("True video", "noise floor of every measure"),
+    "codec": ("Codec round trip", "ceiling: nothing this codec decodes can do better"),
+    "model": ("Model", ""),
+    "swapped": ("Model, another clip’s camera", "control: same weights, first frame and noise, wrong path"),
+    "frozen": ("First frame repeated", "control: nothing happens"),
+}
+Done = Callable[[int], None]
+
+
+def choose(protocol: dict[str, Any], shards: Any, generator: Any, videos: VideoSet | None) -> tuple[list[Clip], int]:
+    """The clips of a protocol, in manifest order, and the number of frames measured.
+
+    With a set made elsewhere: the clips it has a video for. Raises ValueError where nothing fits.
+    """
+    keys = list(shards.keys)
+    if videos is not None:
+        if not (wanted := set(videos.keys) & set(keys)):
+            raise ValueError(
+                f"no video of {videos.folder} is named like a clip of data; expected names like {keys[0]}.mp4"
+            )
+        keys = [k for k in keys if k in wanted]
+    keys = keys[: protocol["clips"]]
+    if len(keys) < 2:
+        raise ValueError(f"{len(keys)} clip to measure; the control with another clip's camera needs 2 or more")
+    clips = [_clip(shards, k) for k in keys]
+    frames = min(protocol["frames"], *(len(c.c2w) for c in clips))
+    if generator is not None:
+        frames = min(frames, generator.max_frames)
+        frames = 1 + (frames - 1) // generator.stride * generator.stride
+    return clips, frames
+
+
+def true_sets(
+    protocol: dict[str, Any], out: Path, shards: Any, clips: list[Clip], done: Done
+) -> tuple[VideoSet, VideoSet | None]:
+    """The true videos, bit for bit as in the shards, and those of further clips for Frechet distances.
+
+    The latter is None where data holds fewer than half as many further clips as are measured.
+    """
+    index = {k: i for i, k in enumerate(shards.keys)}
+    fps = float(shards.read(index[clips[0].key]).fps)
+    taken = {c.key for c in clips}
+    rest = [k for k in shards.keys if k not in taken][: protocol["reference"]]
+    made_by = {"row": "truth", "data": shards.fingerprint}
+
+    def copy(group: list[Clip]) -> list[bytes]:
+        found = [shards.read_video_bytes(index[c.key]) for c in group]
+        if None in found:
+            raise ValueError("data holds latents without videos; prepare it with its videos kept")
+        return found
+
+    truth = fill_set(out / "truth", made_by, fps, clips, copy, done=done)
+    if len(rest) < max(2, len(clips) // 2):
+        return truth, None
+    return truth, fill_set(out / "reference", made_by, fps, [_clip(shards, k) for k in rest], copy, done=done)
+
+
+def make_rows(
+    protocol: dict[str, Any],
+    out: Path,
+    generator: Any,
+    truth: VideoSet,
+    clips: list[Clip],
+    frames: int,
+    batch: int,
+    done: Done,
+) -> dict[str, VideoSet]:
+    """Codec, model, swapped and frozen rows, made where missing; speed is measured once, with the model's
+    row.
+
+    generator: see vgr.sample.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
+    of the model; its swapped camera is that of the clip half the list further.
+    """
+    import torch
+
+    from vgr.types import Cameras
+
+    fps = float(truth.info["fps"])
+    number = {c.key: i for i, c in enumerate(clips)}
+    height, width = truth.video(clips[0].key)[0].shape[1:3]
+    if (height, width) != tuple(generator.size_hw):
+        raise ValueError(
+            f"data is {width}x{height}, the checkpoint makes {generator.size_hw[1]}x{generator.size_hw[0]}"
+        )
+
+    def generate(group: list[Clip]) -> tuple[Frames, dict[str, float]]:
+        first = np.stack([truth.video(c.key)[0][0] for c in group])
+        c2w = torch.from_numpy(np.stack([c.c2w[:frames] for c in group])).float()
+        intrinsics = torch.from_numpy(np.stack([c.intrinsics[:frames] for c in group])).float()
+        seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
+        return generator(first, Cameras(c2w, intrinsics), tuple(c.captions for c in group), seeds)
+
+    def round_trip(group: list[Clip]) -> Frames:
+        video = np.stack([truth.video(c.key, frames)[0] for c in group])
+        x = torch.from_numpy(video).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        with torch.inference_mode():
+            x = generator.codec.decode(generator.codec.encode(x.to(generator.device)))
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+    by = {
+        "name": generator.name, "weights": generator.weights_hash, "codec": generator.codec.fingerprint,
+        "sampling": generator.sampling, "protocol": protocol["sha256"], "frames": frames,
+        "truth": truth.info["fingerprint"],
+    }  # fmt: skip
+    turned = clips[len(clips) // 2 :] + clips[: len(clips) // 2]
+    others = [c._replace(c2w=o.c2w, intrinsics=o.intrinsics) for c, o in zip(clips, turned)]
+    codec = {"row": "codec", "codec": by["codec"], "truth": by["truth"], "frames": frames}
+    rows = {"codec": fill_set(out / "codec", codec, fps, clips, round_trip, batch=batch, done=done)}
+    for row, asked in (("model", clips), ("swapped", others)):
+        made_by = {**by, "row": row}
+        rows[row] = fill_set(out / row, made_by, fps, asked, lambda group: generate(group)[0], batch=batch, done=done)
+    rows["frozen"] = frozen_row(out, truth, clips, frames, batch, done)
+    if "timings" not in rows["model"].info:
+        speed = protocol["frame_rate"]
+        calls = [lambda c=c: generate([c]) for c in clips[: speed["requests"]]]
+        info = rows["model"].info
+        info["timings"] = frame_rate.measure_requests(calls, speed["warmup"], lambda: done(1))
+        info["memory"] = frame_rate.peak_memory_gib()
+        write_json(out / "model" / "set.json", info)
+    return rows
+
+
+def frozen_row(out: Path, truth: VideoSet, clips: list[Clip], frames: int, batch: int, done: Done) -> VideoSet:
+    """The first frame repeated."""
+
+    def repeat(group: list[Clip]) -> list[Frames]:
+        return [np.repeat(truth.video(c.key)[0][:1], frames, axis=0) for c in group]
+
+    made_by = {"row": "frozen", "truth": truth.info["fingerprint"], "frames": frames}
+    return fill_set(out / "frozen", made_by, float(truth.info["fps"]), clips, repeat, batch=batch, done=done)
+
+
+def _clip(shards: Any, key: str) -> Clip:
+    sample = shards.read(list(shards.keys).index(key))
+    captions = tuple(shot["caption"] for shot in sample.meta["shots"])
+    return Clip(key, np.asarray(sample.c2w, np.float64), np.asarray(sample.intrinsics, np.float64), captions)

@@ -1,0 +1,170 @@
+"""A *set*: a folder of videos, optional cameras, and a set.json saying who made it and how.
+
+    <key>.mp4  <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4))  set.json
+
+set.json: {"format": 1, "made_by": {...}, "fingerprint": sha256 of made_by, "clips": [keys], "fps": ..., and
+optionally "timings": [{"wall_s", "frames", "first_frame_s", "denoise_s", "decode_s"}], "memory", "name"}.
+Only the videos are required of a set that somebody else made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Frames = NDArray[np.uint8]
+CRF = 14  # of the videos we write; stated in set.json
+
+
+class Clip(NamedTuple):
+    """What one video is asked for: its name, commanded cameras c2w (F,4,4), intrinsics (F,4), one text a
+    shot.
+    """
+
+    key: str
+    c2w: NDArray[np.float64]
+    intrinsics: NDArray[np.float64]
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VideoSet:
+    """Videos by key, read when asked for. `info` is set.json, {} where there is none."""
+
+    folder: Path
+    keys: tuple[str, ...]
+    info: dict[str, Any]
+
+    def video(self, key: str, frames: int | None = None) -> tuple[Frames, float]:
+        """(frames (F,H,W,3), frames a second); cut to `frames`. Raises ValueError when the video is
+        shorter.
+        """
+        from vgr.data.video import read_video
+
+        video, times = read_video(self.folder / f"{key}.mp4")
+        if frames is not None and len(video) < frames:
+            raise ValueError(f"{self.folder / key}.mp4 has {len(video)} frames, {frames} are measured; make it longer")
+        fps = self.info.get("fps") or (len(times) - 1) / float(times[-1] - times[0])
+        return video[:frames], float(fps)
+
+    def cameras(self, key: str, frames: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """c2w (frames,4,4) and intrinsics (frames,4), or None if the set has none for this video."""
+        path = self.folder / f"{key}.cameras.npz"
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            missing = {"c2w", "intrinsics"} - set(file.files)
+            if missing:
+                raise ValueError(
+                    f"{path} lacks {', '.join(sorted(missing))}; it must hold c2w (F,4,4), intrinsics (F,4)"
+                )
+            c2w, intrinsics = file["c2w"].astype(np.float64), file["intrinsics"].astype(np.float64)
+        if intrinsics.ndim == 1:
+            intrinsics = np.broadcast_to(intrinsics, (len(c2w), 4))
+        if c2w.shape[1:] != (4, 4) or intrinsics.shape != (len(c2w), 4) or len(c2w) < frames:
+            raise ValueError(
+                f"{path} holds c2w {c2w.shape} and intrinsics {intrinsics.shape}; {frames} frames are measured and "
+                "each needs one (4, 4) pose and (4,) intrinsics"
+            )
+        return c2w[:frames], intrinsics[:frames]
+
+
+def open_set(folder: Path | str) -> VideoSet:
+    """Read a set. Raises ValueError when the folder has no mp4, or cameras for some of its videos only."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"videos={folder} is not a folder; give a folder of <key>.mp4 files")
+    keys = tuple(sorted(p.stem for p in folder.glob("*.mp4") if p.is_file()))
+    if not keys:
+        raise ValueError(f"videos={folder} holds no .mp4 file; a set is a folder of <key>.mp4, see vgr/report/sets.py")
+    without = [k for k in keys if not (folder / f"{k}.cameras.npz").is_file()]
+    if without and len(without) < len(keys):
+        raise ValueError(
+            f"{folder}: {len(without)} of {len(keys)} videos have no cameras, the first is {without[0]}; "
+            f"add {without[0]}.cameras.npz or give none at all"
+        )
+    return VideoSet(folder, keys, read_info(folder))
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    path = folder / "set.json"
+    if not path.is_file():
+        return {}
+    try:
+        info = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}); remove it or repair it") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return info
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside the file and rename, so that a killed run leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def fingerprint(made_by: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+
+
+def fill_set(
+    folder: Path,
+    made_by: dict[str, Any],
+    fps: float,
+    clips: Sequence[Clip],
+    make: Callable[[list[Clip]], Sequence[Frames | bytes]],
+    *,
+    batch: int = 8,
+    done: Callable[[int], None] = lambda n: None,
+) -> VideoSet:
+    """Make the videos of a set that are not there yet and return it.
+
+    make: clips -> frames (F,H,W,3), or the bytes of an mp4, each. Videos made by something else than
+    `made_by` are made again; a folder with videos that no set.json of ours lists is refused. done(n) is
+    called as videos stand, made or found.
+    """
+    from vgr.data.video import write_video
+
+    for clip in clips:
+        if Path(clip.key).name != clip.key:
+            raise ValueError(f"clip key {clip.key!r} cannot name a file; keys are plain names")
+    folder.mkdir(parents=True, exist_ok=True)
+    info, mark = read_info(folder), fingerprint(made_by)
+    if not info and any(folder.glob("*.mp4")):
+        raise ValueError(f"{folder} holds videos without a set.json; choose another out= or move them")
+    if info.get("fingerprint") != mark:
+        for key in info.get("clips", []):
+            (folder / f"{key}.mp4").unlink(missing_ok=True)
+        info = {"format": 1, "made_by": made_by, "fingerprint": mark, "fps": fps, "crf": CRF}
+    info |= {"clips": [c.key for c in clips], "captions": {c.key: c.captions for c in clips}}
+    write_json(folder / "set.json", info)
+    missing = [c for c in clips if not (folder / f"{c.key}.mp4").is_file()]
+    done(len(clips) - len(missing))
+    for i in range(0, len(missing), batch):
+        group = missing[i : i + batch]
+        for clip, video in zip(group, make(group), strict=True):
+            with (folder / f"{clip.key}.cameras.npz").open("wb") as file:
+                np.savez(file, c2w=clip.c2w, intrinsics=clip.intrinsics)
+            path = folder / f"{clip.key}.mp4"
+            if isinstance(video, bytes):
+                part = path.with_name(f".{path.name}.part")
+                part.write_bytes(video)
+                part.replace(path)
+            else:
+                write_video(path, video, fps, crf=CRF)
+            done(1)
+    return VideoSet(folder, tuple(c.key for c in clips), info)

@@ -276,6 +276,7 @@ def generator_record(cfg: DictConfig, module: WorldModelTraining, codec: Any, ba
         **named,
         "codec_fingerprint": codec.fingerprint,
         "fps": float(batch.fps[0]),
+        "intrinsics": batch.cameras.intrinsics[0, 0].tolist(),
         "size_hw": [height * codec.stride[1], width * codec.stride[2]],
         "max_frames": 1 + (frames - 1) * codec.stride[0],
         "sampling": OmegaConf.to_container(cfg.sampling, resolve=True),

@@ -138,7 +138,7 @@ class WorldModel(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, cond: Conditioning, state: None = None, *, commit: bool = False
     ) -> tuple[Tensor, None]:
-        """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1]; no state, the model sees it all."""
+        """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1]; no state: it sees the whole clip."""
         if state is not None or commit:
             raise ValueError("this world model is bidirectional and keeps no state; call it with the whole clip")
         batch, _, frames, height, width = x.shape
@@ -165,7 +165,8 @@ class WorldModel(nn.Module):
     def _check(self, x: Tensor, t: Tensor, cond: Conditioning) -> None:
         if x.shape[1] != self.in_channels or t.shape != (x.shape[0], x.shape[2]):
             raise ValueError(
-                f"the world model takes x (B,{self.in_channels},T,H,W) and t (B,T), got {tuple(x.shape)}, {tuple(t.shape)}"
+                f"the world model takes x (B,{self.in_channels},T,H,W) and t (B,T), "
+                f"got {tuple(x.shape)} and {tuple(t.shape)}"
             )
         if cond.cameras is not None and cond.cameras.raw_c2w.shape[1:3] != (x.shape[2], self.raw_frames):
             raise ValueError(

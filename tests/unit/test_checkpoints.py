@@ -1,0 +1,218 @@
+"""Checkpoints: what is read back, what survives a crash at any byte, what is refused and how."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from vgr.training import checkpoints, optim
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+
+
+def train(model, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def adamw(model):
+    return optim.adamw(model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
+
+
+def save(folder, step, model, optimizer, loss=None):
+    ema = {k: v + 1 for k, v in model.state_dict().items()}
+    parts = {
+        "weights": model.state_dict(),
+        "ema": ema,
+        "optimizer": checkpoints.optimizer_tensors(model, optimizer),
+    }
+    return checkpoints.save(folder, step, parts, {"samples_seen": step, "val_loss": loss}, {"format": 1})
+
+
+def test_restored_training_goes_on_bit_for_bit(tmp_path):
+    model = network()
+    optimizer = adamw(model)
+    train(model, optimizer, 3)
+    path = save(tmp_path, 3, model, optimizer)
+    other = network(seed=9)
+    fresh = adamw(other)
+    ema = {k: torch.zeros_like(v) for k, v in other.state_dict().items()}
+    checkpoints.restore(path, other.state_dict(), ema, other, fresh)
+    assert all(torch.equal(ema[k], v + 1) for k, v in model.state_dict().items())
+    train(model, optimizer, 4, seed=1)
+    train(other, fresh, 4, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert checkpoints.read_state(path)["samples_seen"] == 3
+    read = checkpoints.read_weights(path, "ema", "0.")
+    assert set(read) == {"weight", "bias"} and torch.equal(read["bias"], ema["0.bias"])
+
+
+def test_parameters_without_gradient_have_no_state(tmp_path):
+    model = network()
+    optimizer = adamw(model)
+    model[0](torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    path = save(tmp_path, 1, model, optimizer)
+    other = network(1)
+    fresh = adamw(other)
+    checkpoints.restore(path, other.state_dict(), {k: v.clone() for k, v in other.state_dict().items()}, other, fresh)
+    assert not fresh.state.get(other[2].weight) and fresh.state[other[0].weight]["step"] == 1
+
+
+def test_no_pickle_and_a_manifest_of_every_file(tmp_path):
+    model = network()
+    path = save(tmp_path, 1, model, adamw(model))
+    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert all(f.endswith((".safetensors", ".json")) for f in files)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert set(manifest["files"]) == files - {"manifest.json"}
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    model = network()
+    optimizer = adamw(model)
+    for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5], start=1):
+        save(tmp_path, step, model, optimizer, loss)
+        checkpoints.prune(tmp_path, keep=2)
+    kept = sorted(p.name for p in tmp_path.iterdir())
+    assert kept == ["latest", "step_00000002", "step_00000004", "step_00000005"]
+
+
+def damage_truncate(path):
+    file = next((path / "ema").iterdir())
+    os.truncate(file, file.stat().st_size // 2)
+    return file.name
+
+
+def damage_flip(path):
+    file = next((path / "weights").iterdir())
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    return file.name
+
+
+def damage_remove(path):
+    (path / "state.json").unlink()
+    return "state.json"
+
+
+def damage_manifest(path):
+    (path / "manifest.json").write_text("{")
+    return "manifest.json"
+
+
+def damage_format(path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    return "format 99"
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_truncate, damage_flip, damage_remove, damage_manifest, damage_format], ids=lambda f: f.__name__
+)
+def test_damage_is_refused_by_name_with_the_previous_good_one(tmp_path, damage):
+    model = network()
+    optimizer = adamw(model)
+    good, bad = save(tmp_path, 1, model, optimizer), save(tmp_path, 2, model, optimizer)
+    named = damage(bad)
+    with pytest.raises(ValueError) as caught:
+        checkpoints.verify(checkpoints.latest(tmp_path))
+    assert named in str(caught.value) and f"resume={good}" in str(caught.value)
+    checkpoints.verify(good)
+    with pytest.raises(FileNotFoundError):
+        checkpoints.resolve(tmp_path / "nowhere")
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    model = network()
+    path = save(tmp_path, 1, model, adamw(model))
+    other = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"`0\.weight` is \(5, 3\) there, \(6, 3\) here"):
+        checkpoints.restore(path, other.state_dict(), {})
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    model = network()
+    good = save(tmp_path, 1, model, adamw(model))
+    big = nn.Linear(1000, 300)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond it fails as on a full disk
+    try:
+        with pytest.raises(OSError):
+            checkpoints.save(tmp_path, 2, {"weights": big.state_dict()}, {"samples_seen": 2}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", good.name]
+    checkpoints.verify(checkpoints.latest(tmp_path))
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from vgr.training import checkpoints
+step = 0
+while True:
+    step += 1
+    tensors = {"weights": {"a": torch.full((200_000,), float(step))}, "ema": {"a": torch.full((200_000,), step + 0.5)}}
+    checkpoints.save(Path(sys.argv[1]), step, tensors, {"samples_seen": step, "val_loss": None}, {})
+    checkpoints.prune(Path(sys.argv[1]), 2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_saving_the_last_one_is_whole(tmp_path):
+    """A process that does nothing but save is killed at many moments; `latest` always names a whole checkpoint."""
+    folders = [tmp_path / str(i) for i in range(3)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE, text=True)
+        for folder in folders
+    ]
+    for i, (folder, process) in enumerate(zip(folders, processes)):
+        process.stdout.readline()
+        time.sleep(0.05 + 0.037 * i)
+        process.kill()
+        told = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        path = checkpoints.latest(folder)
+        checkpoints.verify(path)
+        step = checkpoints.read_state(path)["samples_seen"]
+        assert step >= max(told, default=1)
+        assert torch.equal(checkpoints.read_weights(path, "ema")["a"], torch.full((200_000,), step + 0.5))
+
+
+def test_learning_rate_and_average_follow_samples_alone():
+    assert [optim.lr_factor(s, 3, 100, "constant") for s in (0, 1, 2, 3, 50)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert optim.lr_factor(100, 0, 100, "cosine", final=0.1) == pytest.approx(0.1)
+    assert optim.lr_factor(50, 0, 100, "cosine") == pytest.approx(0.5)
+    # Once the ramp is over, half the weight of the past is gone after one half-life, in steps of any size.
+    for batch in (1, 10, 50):
+        weight = 1.0
+        for seen in range(10_000, 10_100, batch):
+            weight *= optim.ema_decay(seen, batch, half_life=100.0)
+        assert weight == pytest.approx(0.5)
+    average, current = [torch.zeros(2)], [torch.tensor([1.0, -2.0])]
+    optim.ema_update(average, current, 0.75)
+    assert torch.allclose(average[0], torch.tensor([0.25, -0.5]))
+
+
+def test_vectors_norms_and_gates_do_not_decay():
+    decayed = {n for n, p in network().named_parameters() if optim.decays(n, p)}
+    assert decayed == {"0.weight", "2.weight"}
+    table = torch.zeros(6, 8)
+    assert not optim.decays("blocks.0.scale_shift_table", table) and not optim.decays("blocks.0.attn.A_log", table)

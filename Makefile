@@ -1,0 +1,43 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/world_model/tiny/seed1
+FIRST := runs/demo/first_frame.png
+
+.PHONY: demo test test-slow test-gpu test-multigpu lint clean
+
+demo: $(VENV)/.ready
+	$(BIN)/vgr-prepare data=doom_tiny
+	$(BIN)/vgr-train experiments=world_model/tiny
+	$(BIN)/vgr-sample checkpoint=$(RUN) path=orbit seconds=4 prompt="a dim brown room" out=runs/demo/orbit
+	$(BIN)/vgr-bench checkpoint=$(RUN) protocol=smoke
+	@echo "report: $(CURDIR)/$(RUN)/bench/smoke/report.html"
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m gpu
+
+test-multigpu: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m multigpu
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "vgr needs Python 3.11 or 3.12, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -c constraints.txt -e '.[test]'
+	@touch $@

@@ -40,6 +40,7 @@ _NAMES = {"DoomImp": "imp", "ZombieMan": "zombie", "Zombieman": "zombie", "Shotg
           "Fatso": "mancubus", "Arachnotron": "arachnotron", "Revenant": "revenant", "Archvile": "arch-vile",
           "PainElemental": "pain elemental", "Cyberdemon": "cyberdemon", "SpiderMastermind": "spider mastermind",
           "WolfensteinSS": "soldier", "ExplosiveBarrel": "barrel", "BigTree": "big tree", "TorchTree": "dead tree"}
+_ROAM_TICS = 5  # between two decisions while walking to a start, where nothing is recorded
 _NUMBERS = ("no", "one", "two", "three", "four")
 
 
@@ -180,7 +181,7 @@ class DoomSource:
     def _record(self, engine: Engine, name: str, rng: np.random.Generator) -> Clip | None:
         """One try at a clip; None where it would be dull or broken."""
         mood, side = draw_mood(rng)
-        state = _start(engine, mood, side, rng, self.skip / TICS_PER_SECOND)
+        state = _start(engine, mood, side, rng)
         if state is None:
             return None
         walker = Walker(rng, mood, side, self.skip / TICS_PER_SECOND)
@@ -219,7 +220,7 @@ class DoomSource:
         )
 
 
-def _start(engine: Engine, mood: str, side: int, rng: np.random.Generator, frame_s: float) -> Any:
+def _start(engine: Engine, mood: str, side: int, rng: np.random.Generator) -> Any:
     """Walks a while from some place of the map to a view that suits the mood; None where all is walls."""
     state = engine.restart(int(rng.integers(1 << 31)))
     if rng.random() < 0.6:
@@ -231,30 +232,30 @@ def _start(engine: Engine, mood: str, side: int, rng: np.random.Generator, frame
             x, y = places[int(rng.integers(len(places)))]
             engine.game.send_game_command(f"warp {x:.0f} {y:.0f}")
         state = engine.act(turn_deg=float(rng.uniform(0, 360)))
-        ahead_K = _look_round(engine, state)
-        if ahead_K is None or ahead_K.max() < 200:
+        ahead_K = _look_round(engine, state, 4)
+        if ahead_K is None or ahead_K.max() < 150:
             continue
-        state = engine.act(turn_deg=45.0 * int(ahead_K.argmax()))
-        walker, skip = Walker(rng, "walk", side, frame_s), round(frame_s * TICS_PER_SECOND)
-        for _ in range(int(rng.integers(15, 45))):
+        state = engine.act(turn_deg=90.0 * int(ahead_K.argmax()))
+        walker = Walker(rng, "walk", side, _ROAM_TICS / TICS_PER_SECOND)
+        for _ in range(int(rng.integers(6, 20))):
             if state is None:
                 return None
             forward, right, turn = walker.step(free_space(state.depth_buffer), 99.0)
-            state = engine.act(forward, right, turn / TICS_PER_SECOND, skip)
-        ahead_K = _look_round(engine, state)
-        if ahead_K is not None and ahead_K.max() > 220 and np.median(ahead_K) > 60:
+            state = engine.act(forward, right, turn / TICS_PER_SECOND, _ROAM_TICS)
+        ahead_K = _look_round(engine, state, 8)
+        if ahead_K is not None and ahead_K.max() > 200 and np.median(ahead_K) > 50:
             return engine.act(turn_deg=45.0 * start_heading(ahead_K, mood, side, rng))
     return None
 
 
-def _look_round(engine: Engine, state: Any) -> np.ndarray | None:
-    """Free distances ahead in eight headings, counter-clockwise from the present one; ends where it began."""
+def _look_round(engine: Engine, state: Any, headings: int) -> np.ndarray | None:
+    """Free distances ahead in so many headings, counter-clockwise from the present one; ends where it began."""
     ahead = []
-    for _ in range(8):
+    for _ in range(headings):
         if state is None:
             return None
         ahead.append(free_space(state.depth_buffer).ahead)
-        state = engine.act(turn_deg=45.0)
+        state = engine.act(turn_deg=360.0 / headings)
     return np.array(ahead)
 
 

@@ -32,7 +32,7 @@ def free_space(depth_HW: np.ndarray) -> Free:
     """Reads free distances off a uint8 depth buffer (H,W) at the height of the eyes."""
     height, width = depth_HW.shape
     band = depth_HW[height * 42 // 100 : height * 58 // 100 : 3]
-    z_W = np.percentile(band, 25, axis=0, method="nearest").astype(np.float64) * DEPTH_STEP
+    z_W = np.sort(band, axis=0)[len(band) // 4].astype(np.float64) * DEPTH_STEP
     lateral_W = np.abs((np.arange(width) + 0.5) / width - 0.5) / FX * z_W
     blocking = z_W[lateral_W < 30]
     capped_W = np.minimum(z_W, 900)
@@ -47,7 +47,7 @@ def free_space(depth_HW: np.ndarray) -> Free:
 
 def start_heading(ahead_K: np.ndarray, mood: str, side: int, rng: np.random.Generator) -> int:
     """Picks one of K headings (counter-clockwise, a full turn) that suits the mood; ahead_K free distances."""
-    near_K = np.minimum(ahead_K, 600.0)
+    near_K = np.minimum(ahead_K, 600.0).astype(np.float64)
     quarter = len(ahead_K) // 4
     if mood in ("strafe", "circle"):
         near_K = 0.5 * near_K + np.minimum(np.roll(ahead_K, -side * quarter), 300.0)

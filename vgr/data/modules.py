@@ -1,0 +1,145 @@
+"""Shards as training data: a map from micro-batch number to `VideoBatch`, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vgr.data.order import Order
+from vgr.data.shards import DamagedSample, Sample, Shards
+from vgr.geometry.cameras import relative_to_first
+from vgr.types import Cameras, VideoBatch
+
+CACHE_BYTES = 2 << 30  # sets whose latents are smaller than this stay in memory once read
+_log = logging.getLogger(__name__)
+
+
+def collate(samples: Sequence[Sample], positions: Sequence[int], frames: int | None = None) -> VideoBatch:
+    """Samples to a batch; `frames` keeps the first so many raw frames (1 + n times the codec's stride).
+
+    Poses are taken relative to each clip's first frame in float64 before they become float32, so that a place
+    far from the map's origin costs no precision. Raises ValueError where `frames` does not fit.
+    """
+    stride = (len(samples[0].c2w) - 1) // max(samples[0].latents.shape[1] - 1, 1) or 1
+    count = len(samples[0].c2w) if frames is None else frames
+    if (count - 1) % stride or not 1 <= count <= min(len(s.c2w) for s in samples):
+        raise ValueError(f"data.frames={frames}: must be 1 + n x {stride} and at most {len(samples[0].c2w)}")
+    latent_frames = 1 + (count - 1) // stride
+    shots = [[shot for shot in s.meta["shots"] if shot["start"] < count] for s in samples]
+    last_raw = np.arange(latent_frames) * stride  # the raw frame a latent frame ends with
+    shot_BT = [np.searchsorted([x["start"] for x in own], last_raw, side="right") - 1 for own in shots]
+    return VideoBatch(
+        latents=torch.from_numpy(np.stack([s.latents[:, :latent_frames] for s in samples])).float(),
+        cameras=Cameras(
+            relative_to_first(torch.from_numpy(np.stack([s.c2w[:count] for s in samples]))).float(),
+            torch.from_numpy(np.stack([s.intrinsics[:count] for s in samples])).float(),
+        ),
+        fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
+        captions=tuple(tuple(str(shot["caption"]) for shot in own) for own in shots),
+        shot=torch.from_numpy(np.stack(shot_BT)).long(),
+        keys=tuple(s.key for s in samples),
+        position=torch.tensor(list(positions), dtype=torch.int64),
+    )
+
+
+class MicroBatches(Dataset):
+    """Item i is the i-th micro-batch of this rank, counted from global batch `start` up to `stop`."""
+
+    def __init__(self, shards: Shards, order: Order, micro_batch: int, frames: int | None, max_damaged: float,
+                 rank: int, world: int) -> None:
+        self.shards, self.order, self.micro_batch, self.frames = shards, order, micro_batch, frames
+        self.max_damaged, self.rank, self.world = max_damaged, rank, world
+        self.start, self.stop = 0, 0
+        self.per_batch = order.global_batch // (micro_batch * world)
+        self._cache: dict[int, Sample] | None = {} if shards.latent_bytes() <= CACHE_BYTES else None
+        # One flag a sample in shared memory: loader workers count each damaged sample once between them.
+        self.damaged = torch.zeros(len(shards), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0) * self.per_batch
+
+    def __getitem__(self, i: int) -> VideoBatch:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        b, m = divmod(i, self.per_batch)
+        first = (self.start + b) * self.order.global_batch + (m * self.world + self.rank) * self.micro_batch
+        positions = range(first, first + self.micro_batch)
+        return collate([self.sample(p) for p in positions], positions, self.frames)
+
+    def sample(self, position: int) -> Sample:
+        """The sample at a position, or the first whole one of its replacements."""
+        for index in self.order.candidates(position):
+            if self.damaged[index]:
+                continue
+            if self._cache is not None and index in self._cache:
+                return self._cache[index]
+            try:
+                sample = self.shards.read(index)
+            except DamagedSample as error:
+                self._count_damaged(index, position, error)
+                continue
+            if self._cache is not None:
+                self._cache[index] = sample
+            return sample
+        raise AssertionError("candidates never end")
+
+    def _count_damaged(self, index: int, position: int, error: DamagedSample) -> None:
+        self.damaged[index] = 1
+        count = int(self.damaged.sum())
+        _log.warning("position %d: %s; another sample takes its place (%d damaged so far)", position, error, count)
+        if count > self.max_damaged * len(self.shards):
+            raise ValueError(
+                f"{count} of {len(self.shards)} samples in {self.shards.folder} are damaged, more than "
+                f"data.max_damaged={self.max_damaged}; the last: {error}"
+            )
+
+
+class ShardData(pl.LightningDataModule):
+    """Training and validation shards in the run's order.
+
+    train, val: folders; codec_fingerprint: that of the codec the model works with; frames: raw frames kept
+    of each clip, from its first on (None: all); workers: loader processes; max_damaged: share of damaged
+    samples that are replaced before it is an error; val_clips: fixed validation clips, evenly over the set.
+    Before fit, `start_batch` and `total_batches` say which global batches remain.
+    """
+
+    def __init__(self, train: str, val: str, codec_fingerprint: str | None, seed: int, global_batch: int,
+                 micro_batch: int, frames: int | None = None, workers: int = 0, max_damaged: float = 0.01,
+                 val_clips: int = 64) -> None:
+        super().__init__()
+        if micro_batch < 1 or global_batch % micro_batch:
+            raise ValueError(f"global_batch={global_batch} is not a multiple of data.micro_batch={micro_batch}")
+        self.train_shards, self.val_shards = Shards(train, codec_fingerprint), Shards(val, codec_fingerprint)
+        self.order = Order(self.train_shards.counts, seed, global_batch)
+        self.micro_batch, self.frames, self.workers = micro_batch, frames, workers
+        self.max_damaged, self.val_clips = max_damaged, val_clips
+        self.start_batch, self.total_batches = 0, 0
+
+    def micro_batches(self, rank: int = 0, world: int = 1) -> MicroBatches:
+        """The remaining micro-batches of one rank of `world`; together the ranks see each global batch once."""
+        if self.order.global_batch % (self.micro_batch * world):
+            raise ValueError(f"global_batch={self.order.global_batch} is not a multiple of "
+                             f"data.micro_batch={self.micro_batch} x {world} ranks")
+        batches = MicroBatches(
+            self.train_shards, self.order, self.micro_batch, self.frames, self.max_damaged, rank, world
+        )
+        batches.start, batches.stop = self.start_batch, self.total_batches
+        return batches
+
+    def train_dataloader(self) -> DataLoader:
+        """The remaining micro-batches in order, as `VideoBatch`es."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return DataLoader(self.micro_batches(rank, world), batch_size=None, shuffle=False, num_workers=self.workers)
+
+    def val_batches(self, size: int) -> list[VideoBatch]:
+        """The fixed validation clips in batches of `size`; position is the clip's place among them."""
+        count = min(self.val_clips, len(self.val_shards))
+        chosen = np.linspace(0, len(self.val_shards) - 1, count).round().astype(int).tolist()
+        samples = [self.val_shards.read(i) for i in chosen]
+        groups = [range(a, min(a + size, count)) for a in range(0, count, size)]
+        return [collate([samples[i] for i in group], group, self.frames) for group in groups]

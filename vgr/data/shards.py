@@ -1,0 +1,286 @@
+"""Shards: WebDataset tar files of encoded clips with a manifest that finds, checks and describes every member.
+
+A sample is <key>.latent.npy (C,T,H,W) float16, <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4), fps),
+<key>.json (shots, source, metric scale, split), and where kept <key>.mp4 and <key>.depth.npz. The manifest is
+written last; a folder without one is unfinished and `ShardWriter` continues it. Pickle is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vgr.data.files import atomic, sync_folder
+
+SCHEMA = 1
+_AGAIN = "remove that folder and run vgr-prepare again"
+
+
+class DamagedSample(ValueError):
+    """One sample cannot be read; others may."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip: latents (C,T,H,W) float16, c2w (F,4,4) and intrinsics (F,4) float64, frames a second, meta, key."""
+
+    latents: np.ndarray
+    c2w: np.ndarray
+    intrinsics: np.ndarray
+    fps: float
+    meta: dict[str, Any]
+    key: str
+
+
+class ShardWriter:
+    """Writes shards into a folder, continuing after the last whole one; a context manager.
+
+    The manifest is written when the block ends well (or by close()). `done` counts the samples that were
+    there already: the caller goes on with that one. Raises ValueError where the folder holds other settings.
+    """
+
+    def __init__(self, folder: str | Path, codec_name: str, codec_fingerprint: str, stride: tuple[int, int, int],
+                 channels: int, size_hw: tuple[int, int], fps: float, licence: str, samples_per_shard: int = 64,
+                 extra: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        codec = {"name": codec_name, "fingerprint": codec_fingerprint, "stride": list(stride), "channels": channels}
+        self.head = {
+            "schema": SCHEMA, "codec": codec,
+            "size_hw": list(size_hw), "fps": fps, "licence": licence, "samples_per_shard": samples_per_shard,
+            "extra": dict(extra or {}),
+        }
+        self.samples_per_shard = samples_per_shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob(".*.part"):
+            part.unlink()
+        self.shards: list[dict[str, Any]] = []
+        while (index := self._index_path()).is_file():
+            known = json.loads(index.read_text())
+            if known["head"] != self.head:
+                changed = [k for k in self.head if known["head"].get(k) != self.head[k]]
+                raise ValueError(f"{self.folder} holds shards with another {', '.join(changed)}; choose another `out`, "
+                                 "or remove that folder")
+            tar = self.folder / known["file"]
+            if len(known["samples"]) < samples_per_shard or not tar.is_file() or tar.stat().st_size != known["bytes"]:
+                break  # lost, or the last one of a smaller set: written again, since more may follow
+            self.shards.append({k: known[k] for k in ("file", "bytes", "sha256", "samples")})
+        self.done = len(self.shards) * samples_per_shard
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        self._pending: list[dict[str, bytes | str]] = []
+
+    def _index_path(self) -> Path:
+        return self.folder / f"shard-{len(self.shards):05d}.json"
+
+    def add(self, key: str, latents: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, meta: Mapping[str, Any],
+            video: bytes | None = None, depth: np.ndarray | None = None) -> None:
+        """Adds a sample; a full shard goes to disk. latents (C,T,H,W), c2w (F,4,4), depth (F,H,W) metres."""
+        _check_shapes(self.head, latents.shape, c2w.shape, intrinsics.shape, key)
+        sample: dict[str, bytes | str] = {
+            "__key__": key,
+            "latent.npy": _npy(latents.astype(np.float16)),
+            "cameras.npz": _npz(c2w=c2w.astype(np.float64), intrinsics=intrinsics.astype(np.float64),
+                                fps=np.float64(self.head["fps"])),
+            "json": json.dumps(meta, sort_keys=True).encode(),
+        }
+        if video is not None:
+            sample["mp4"] = video
+        if depth is not None:
+            sample["depth.npz"] = _npz(depth=depth.astype(np.float16))
+        self._pending.append(sample)
+        if len(self._pending) == self.samples_per_shard:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Writes the pending samples as one shard, then its index: a shard counts once its index stands."""
+        import tarfile
+
+        import webdataset
+
+        name = f"shard-{len(self.shards):05d}.tar"
+        with atomic(self.folder / name) as file:
+            # Every field that could differ between two runs is fixed, so equal samples give equal files.
+            writer = webdataset.TarWriter(file, mtime=0, encoder=False, user="vgr", group="vgr")
+            for sample in self._pending:
+                writer.write(sample)
+            writer.close()
+            size = file.tell()
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                where = {member.name: (member.offset_data, member.size) for member in tar}
+        entries = []
+        for sample in self._pending:
+            key = sample["__key__"]
+            members = {suffix: [*where[f"{key}.{suffix}"], zlib.crc32(data)]
+                       for suffix, data in sample.items() if suffix != "__key__"}
+            entries.append({"key": key, "members": members})
+        shard = {"file": name, "bytes": size, "sha256": digest, "samples": entries}
+        _write_json(self._index_path(), {"head": self.head, **shard})
+        self.shards.append(shard)
+        self._pending = []
+
+    def close(self) -> None:
+        """Writes what is pending and the manifest, last; removes shards of an earlier, longer set."""
+        if self._pending:
+            self._flush()
+        for path in self.folder.glob("shard-*"):
+            if int(path.stem.split("-")[1]) >= len(self.shards):
+                path.unlink()
+        sync_folder(self.folder)
+        samples = sum(len(s["samples"]) for s in self.shards)
+        _write_json(self.folder / "manifest.json", {**self.head, "samples": samples, "shards": self.shards})
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None:
+            self.close()
+
+
+class Shards:
+    """Reads a folder of shards by sample index. Raises ValueError, saying what to do, where it is not whole.
+
+    codec_fingerprint: refuses shards of any other codec. Attributes: manifest, fingerprint, keys, counts.
+    """
+
+    def __init__(self, folder: str | Path, codec_fingerprint: str | None = None) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"{self.folder}: no manifest.json, so no finished data; run vgr-prepare (it continues)")
+        try:
+            self.manifest = json.loads(path.read_text())
+            schema, self.fingerprint = self.manifest["schema"], self.manifest["codec"]["fingerprint"]
+            self.counts = [len(s["samples"]) for s in self.manifest["shards"]]
+            self._samples = [(s["file"], e["key"], e["members"]) for s in self.manifest["shards"] for e in s["samples"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: is no manifest of shards ({error!r}); {_AGAIN}") from error
+        if schema != SCHEMA:
+            raise ValueError(f"{path}: schema {schema}, but this version reads {SCHEMA}; {_AGAIN}")
+        if codec_fingerprint is not None and codec_fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{self.folder} was encoded with codec {self.manifest['codec']['name']} {self.fingerprint}, not "
+                f"{codec_fingerprint}; choose the codec it was prepared with, or run vgr-prepare with codec=... out=..."
+            )
+        for shard in self.manifest["shards"]:
+            file = self.folder / Path(shard["file"]).name
+            size = file.stat().st_size if file.is_file() else 0
+            if size != shard["bytes"]:
+                raise ValueError(
+                    f"{file}: {size} bytes where the manifest says {shard['bytes']} (truncated or missing); {_AGAIN}"
+                )
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for _, key, _ in self._samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def latent_bytes(self) -> int:
+        """Size of all latents on disk, to decide whether they fit into memory."""
+        return sum(members["latent.npy"][1] for _, _, members in self._samples)
+
+    def _member(self, index: int, suffix: str) -> bytes:
+        file, key, members = self._samples[index]
+        offset, size, crc = members[suffix]
+        with (self.folder / Path(file).name).open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read(size)
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise DamagedSample(f"{self.folder / file}: {key}.{suffix} is damaged; {_AGAIN}")
+        return data
+
+    def read(self, index: int) -> Sample:
+        """One sample. Raises DamagedSample (a ValueError) naming the file and member."""
+        file, key, _ = self._samples[index]
+        try:
+            latents = _read_npy(self._member(index, "latent.npy"))
+            cameras = _read_npz(self._member(index, "cameras.npz"))
+            meta = json.loads(self._member(index, "json"))
+            _check_shapes(self.manifest, latents.shape, cameras["c2w"].shape, cameras["intrinsics"].shape, key)
+            return Sample(latents, cameras["c2w"], cameras["intrinsics"], float(cameras["fps"]), meta, key)
+        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            if isinstance(error, DamagedSample):
+                raise
+            raise DamagedSample(f"{self.folder / file}: {key} cannot be read ({error}); {_AGAIN}") from error
+
+    def read_video_bytes(self, index: int) -> bytes | None:
+        """The sample's mp4, or None where videos were not kept."""
+        return self._member(index, "mp4") if "mp4" in self._samples[index][2] else None
+
+    def read_depth(self, index: int) -> np.ndarray | None:
+        """Planar depth (F,H,W) float16 in metres, or None where it was not kept."""
+        if "depth.npz" not in self._samples[index][2]:
+            return None
+        return _read_npz(self._member(index, "depth.npz"))["depth"]
+
+    def verify(self) -> list[str]:
+        """Names of shards whose sha256 is not the manifest's; reads everything."""
+        bad = []
+        for shard in self.manifest["shards"]:
+            with (self.folder / Path(shard["file"]).name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                    bad.append(shard["file"])
+        return bad
+
+
+def _check_shapes(head: Mapping[str, Any], latents: tuple, c2w: tuple, intrinsics: tuple, key: str) -> None:
+    codec, size = head["codec"], head["size_hw"]
+    t, h, w = codec["stride"]
+    frames = c2w[0] if c2w else 0
+    wanted = (codec["channels"], 1 + (frames - 1) // t, size[0] // h, size[1] // w)
+    if latents != wanted or (frames - 1) % t or c2w[1:] != (4, 4) or intrinsics != (frames, 4):
+        raise ValueError(f"{key}: latents {latents}, c2w {c2w} and intrinsics {intrinsics} do not fit a codec of "
+                         f"{codec['channels']} channels and stride {codec['stride']} at {size[0]}x{size[1]}")
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
+
+
+def _npz(**arrays: np.ndarray) -> bytes:
+    """An npz without the clock that zip files otherwise carry."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), _npy(np.asarray(array)),
+                             compress_type=zipfile.ZIP_DEFLATED, compresslevel=1)
+    return out.getvalue()
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    """An array whose header is checked against the bytes present before anything is allocated."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.hasobject or stream.tell() + math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"an array of {shape} {dtype} does not fit its {len(data)} bytes")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _read_npz(data: bytes, limit: int = 1 << 30) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(info.file_size for info in archive.infolist()) > limit:
+            raise ValueError(f"an archive of more than {limit} bytes")
+        return {info.filename.removesuffix(".npy"): _read_npy(archive.read(info)) for info in archive.infolist()}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic(path) as file:
+        file.write(json.dumps(content).encode())

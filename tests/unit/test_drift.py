@@ -43,10 +43,7 @@ def test_a_ramp_shows_under_a_moving_scene_and_other_clips_noise():
     times = np.arange(80) / FPS
     rng = np.random.default_rng(1)
     real = [lab_video(50 + rng.normal(0, 0.3, 80).cumsum() * 0.2, seed=s) for s in range(6)]
-    gain = [
-        np.clip(v.astype(float) * (1 + 0.02 * times)[:, None, None, None], 0, 255).astype(np.uint8)
-        for v in real
-    ]
+    gain = [np.clip(v.astype(float) * (1 + 0.02 * times)[:, None, None, None], 0, 255).astype(np.uint8) for v in real]
     base = np.array([measure_drift(v, FPS).slope["lightness"] for v in real])
     more = np.array([measure_drift(v, FPS).slope["lightness"] for v in gain])
     assert ((more - base) > 0.5).all()

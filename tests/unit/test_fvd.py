@@ -74,9 +74,7 @@ def test_mmd_is_unbiased_and_sees_a_shift():
     mean, sd = polynomial_mmd(x, y, subsets=3)
     assert mean == pytest.approx(off(kernel(x, x)) + off(kernel(y, y)) - 2 * kernel(x, y).mean(), rel=1e-9)
     assert sd < 1e-12  # a subset of all rows has no choice
-    null = [
-        polynomial_mmd(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), subsets=1)[0] for _ in range(200)
-    ]
+    null = [polynomial_mmd(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), subsets=1)[0] for _ in range(200)]
     assert abs(np.mean(null)) < 3 * np.std(null) / np.sqrt(200)
     assert polynomial_mmd(x, y + 1, size=30)[0] > 5 * np.std(null)
 

@@ -60,16 +60,12 @@ def measure_drift(frames_FHW3: NDArray[np.uint8], fps: float, window_s: float = 
     slope, start_end, level, curve = {}, {}, {}, {}
     for name, (times, values) in frame_statistics(frames_FHW3, fps).items():
         index = np.digitize(times, edges) - 1
-        index[
-            np.abs(times[:, None] - edges).min(1) < 1e-6
-        ] = -1  # on an edge: in neither window, or time has a side
+        index[np.abs(times[:, None] - edges).min(1) < 1e-6] = -1  # on an edge: in neither window, or time has a side
         means = np.array([values[index == j].mean() if (index == j).any() else np.nan for j in range(count)])
         first, last = times < 0.15 * duration - 1e-6, times > 0.85 * duration + 1e-6
         curve[name], level[name] = means, float(values.mean())
         slope[name] = theil_sen(means, (edges[1:] + edges[:-1]) / 2)
-        start_end[name] = (
-            float(values[last].mean() - values[first].mean()) if first.any() and last.any() else np.nan
-        )
+        start_end[name] = float(values[last].mean() - values[first].mean()) if first.any() and last.any() else np.nan
     return Drift(slope, start_end, level, (edges[1:] + edges[:-1]) / 2, curve)
 
 

@@ -26,9 +26,7 @@ def clip_features(frames_FHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
     varies by about one between clips.
     """
     if frames_FHW3.ndim != 4 or frames_FHW3.shape[-1] != 3 or len(frames_FHW3) < 9:
-        raise ValueError(
-            f"clip_features: frames have shape {frames_FHW3.shape}; needs (F, H, W, 3) with 9 or more"
-        )
+        raise ValueError(f"clip_features: frames have shape {frames_FHW3.shape}; needs (F, H, W, 3) with 9 or more")
     colour = _opponent(frames_FHW3)
     grid = colour.reshape(len(colour), 2, _HEIGHT // 2, 2, _WIDTH // 2, 3).mean((2, 4))
     parts = [4 * grid.mean(0).ravel(), 4 * colour.std((1, 2)).mean(0), 4 * grid.std(0).mean((0, 1))]

@@ -55,9 +55,7 @@ def frechet_distance(a_ND: ArrayLike, b_ND: ArrayLike, ddof: int = 1) -> float:
 def frechet_of_moments(a: Moments, b: Moments) -> float:
     """The same from means and covariances."""
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"feature sizes differ: {a.mean.size} and {b.mean.size}; use one extractor for both sets"
-        )
+        raise ValueError(f"feature sizes differ: {a.mean.size} and {b.mean.size}; use one extractor for both sets")
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     product = root @ b.covariance @ root

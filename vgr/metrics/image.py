@@ -36,10 +36,7 @@ def ssim(frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8]) -> NDArr
     from torchmetrics.functional.image import structural_similarity_index_measure as measure
 
     _same_shape(frames_FHW3, truth_FHW3)
-    a, b = (
-        torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()
-        for x in (frames_FHW3, truth_FHW3)
-    )
+    a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() for x in (frames_FHW3, truth_FHW3))
     return measure(a, b, gaussian_kernel=True, sigma=1.5, data_range=255.0, reduction="none").double().numpy()
 
 
@@ -66,9 +63,7 @@ def lpips_measure(backbone: Path) -> Callable[[NDArray[np.uint8], NDArray[np.uin
     import lpips
     import torch
 
-    model = (
-        lpips.LPIPS(net="alex", pretrained=True, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    )
+    model = lpips.LPIPS(net="alex", pretrained=True, pnet_rand=True, verbose=False).eval().requires_grad_(False)
     weights = torch.load(backbone, map_location="cpu", weights_only=True)
     loaded = 0
     for part in (model.net.slice1, model.net.slice2, model.net.slice3, model.net.slice4, model.net.slice5):
@@ -76,15 +71,11 @@ def lpips_measure(backbone: Path) -> Callable[[NDArray[np.uint8], NDArray[np.uin
             parameter.copy_(weights[f"features.{name}"])
             loaded += 1
     if loaded != 10:
-        raise ValueError(
-            f"{backbone.name}: {loaded} of 10 AlexNet tensors matched; this lpips version is not known"
-        )
+        raise ValueError(f"{backbone.name}: {loaded} of 10 AlexNet tensors matched; this lpips version is not known")
 
     def measure(frames: NDArray[np.uint8], truth: NDArray[np.uint8]) -> NDArray[np.float64]:
         _same_shape(frames, truth)
-        a, b = (
-            torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2) / 127.5 - 1 for x in (frames, truth)
-        )
+        a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2) / 127.5 - 1 for x in (frames, truth))
         with torch.inference_mode():
             return model(a, b).flatten().double().numpy()
 

@@ -53,9 +53,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Interval:
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.shape != y.shape:
-        raise ValueError(
-            f"paired_difference: a has shape {x.shape}, b {y.shape}; give the same videos in one order"
-        )
+        raise ValueError(f"paired_difference: a has shape {x.shape}, b {y.shape}; give the same videos in one order")
     return mean_interval(x - y, seed=seed)
 
 
@@ -77,8 +75,6 @@ def wilson(successes: int, count: int) -> Interval:
     from scipy import stats
 
     if count < 1 or not 0 <= successes <= count:
-        raise ValueError(
-            f"wilson: successes={successes} of count={count}; needs 0 <= successes <= count, count > 0"
-        )
+        raise ValueError(f"wilson: successes={successes} of count={count}; needs 0 <= successes <= count, count > 0")
     low, high = stats.binomtest(successes, count).proportion_ci(0.95, method="wilson")
     return Interval(successes / count, float(low), float(high), count)

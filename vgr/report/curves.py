@@ -81,11 +81,11 @@ def path_from_above(c2w_F44: NDArray[np.float64], other_F44: NDArray[np.float64]
     A path without way (turning on the spot) shows as a fan of views. other: a second path, drawn as a
     control.
     """
-    size, margin = 100.0, 14.0
+    size, margin = np.array([100.0, 75.0]), 12.0
     plans = [_plan(c2w_F44)] + ([_plan(other_F44)] if other_F44 is not None else [])
     spread = np.concatenate([p[:, :2] for p in plans])
     low, high = spread.min(0), spread.max(0)
-    scale = (size - 2 * margin) / max(float((high - low).max()), 1e-3)
+    scale = float(((size - 2 * margin) / np.maximum(high - low, 1e-3)).min())
     middle = (low + high) / 2
     parts, here = [], []
     for plan, style in reversed(list(zip(plans, ("modelc", "swapped")))):
@@ -103,7 +103,7 @@ def path_from_above(c2w_F44: NDArray[np.float64], other_F44: NDArray[np.float64]
         f'<path class="here modelc" fill="currentColor" d="M0,-7 L4,4 L-4,4 Z" transform="translate({x} {y}) '
         f'rotate({a})" data-path="{escape(json.dumps(here))}"/>'
     )
-    return f'<svg viewBox="0 0 100 100" role="img" aria-label="camera path from above">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 100 75" role="img" aria-label="camera path from above">{"".join(parts)}</svg>'
 
 
 def _plan(c2w: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -47,8 +47,8 @@ METRICS = {
         for kind, text, per in (("excess_per_s", "trend over truth", "/s"), ("start_end", "end − start", ""))
     },
     "first_frame_s": Metric("First frame", "s", "lower", False),
-    "frames_per_s": Metric("Frames a second, end to end", "1/s", "higher", False),
-    "denoise_frames_per_s": Metric("Frames a second, denoising only", "1/s", "higher", False),
+    "frames_per_s": Metric("Speed, end to end", "frames/s", "higher", False),
+    "denoise_frames_per_s": Metric("Speed, denoising only", "frames/s", "higher", False),
     "realtime_factor": Metric("Video seconds a second", "", "higher", False),
     "other_share": Metric("Time in neither stage", "", "", False),
 }
@@ -57,6 +57,7 @@ POSE = {
     "heading_mean_deg": "heading_mean_deg",
     "coverage": "pose_coverage",
 }
+POSE_ERRORS = ("rot_step_mean_deg", "heading_mean_deg")
 CURVES = ("lightness", "sharpness", "contrast", "motion")
 
 
@@ -152,7 +153,7 @@ def check_pose_estimator(own: list[Measured], swapped: list[Measured]) -> dict[s
     Passed if the 95 % interval of the paired difference of errors (another's minus own) lies above zero.
     """
     checks = {}
-    for metric in ("rot_step_mean_deg", "heading_mean_deg"):
+    for metric in POSE_ERRORS:
         right, wrong = column(own, metric), column(swapped, metric)
         difference = paired_difference(wrong, right)
         checks[metric] = {
@@ -213,7 +214,7 @@ def compare(rows: dict[str, list[Measured]], row: str, controls: Sequence[str], 
     """
     out = []
     for control in controls:
-        for metric in ("psnr_db", "ssim", "rot_step_mean_deg", "heading_mean_deg"):
+        for metric in ("psnr_db", "ssim", *POSE_ERRORS):
             a, b = column(rows[row], metric), column(rows[control], metric)
             if metric in skip or not np.isfinite(a - b).any():
                 continue

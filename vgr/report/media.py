@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -14,13 +12,11 @@ from vgr.report.sets import Frames
 
 def video_uri(frames_FHW3: Frames, fps: float, width: int = 256) -> str:
     """The video enlarged by a whole factor without smoothing, to about `width`, as a data URI (mp4)."""
-    from vgr.data.video import write_video
+    from vgr.data.video import encode_video
 
     factor = max(1, round(width / frames_FHW3.shape[2]))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        write_video(path, frames_FHW3.repeat(factor, 1).repeat(factor, 2), fps, crf=22)
-        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+    video = encode_video(frames_FHW3.repeat(factor, 1).repeat(factor, 2), fps, crf=22)
+    return "data:video/mp4;base64," + base64.b64encode(video).decode()
 
 
 def sheet(rows: Sequence[Frames], count: int = 9, gap: int = 1) -> np.ndarray:

@@ -8,12 +8,14 @@ import base64
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vgr.data.files import atomic
 from vgr.report import media
 from vgr.report.curves import Line, chart, path_from_above, smooth
 from vgr.report.rows import LABELS
@@ -50,9 +52,9 @@ def write(
     if results:
         body += [_unavailable(results)]
     body += [_settings(run_dir, results)]
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(_document(_title(run_dir, results), "\n".join(p for p in body if p)), encoding="utf-8")
-    return temporary.replace(path)
+    with atomic(path) as file:
+        file.write(_document(_title(run_dir, results), "\n".join(p for p in body if p)).encode())
+    return path
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
@@ -73,6 +75,8 @@ def figure(cell: dict[str, Any] | None, name: str = "value") -> str:
     value = cell.get(name) if cell else None
     if value is None:
         return "–"
+    if value == 0:
+        return "0"
     low, high = cell.get("low"), cell.get("high")
     width = high - low if low is not None and high is not None else 0
     digits = 1 - math.floor(math.log10(width)) if width > 0 else 3 - math.floor(math.log10(abs(value) or 1)) - 1
@@ -80,7 +84,7 @@ def figure(cell: dict[str, Any] | None, name: str = "value") -> str:
 
 
 def interval(cell: dict[str, Any] | None) -> str:
-    if not cell or cell.get("low") is None:
+    if not cell or cell.get("low") is None or cell["low"] == cell["high"]:
         return ""
     return f"{figure(cell, 'low')} … {figure(cell, 'high')}"
 
@@ -125,7 +129,7 @@ def _head(run_dir: Path | None, results: dict[str, Any] | None, history: list[di
         given = "first frame, caption and camera path" if "truth" in results["rows"] else "commands"
         parts.append(
             f'<p class="lead">{trained}Here it is measured on {len(results["clips"])} clips of {seconds:.1f} seconds '
-            f"({results['frames']} frames, {size[1]} × {size[0]}), each made from the {given} of a clip held out from "
+            f"({results['frames']} frames, {size[1]}×{size[0]}), each made from the {given} of a clip held out from "
             "training. The same measures are taken of the true videos, of what the codec alone loses, and of "
             "controls that must do worse.</p>"
         )
@@ -167,18 +171,20 @@ def _gain(history: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _verdicts(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
     checks, lines = results["checks"], []
     for metric, c in checks.get("pose", {}).items():
-        label = results["metrics"][metric]["label"].lower()
+        if c["difference"]["count"] == 0:
+            continue
+        label, unit = results["metrics"][metric]["label"].lower(), results["metrics"][metric]["unit"]
         text = (
-            f"Pose estimator, {label}: on the true videos {figure(c['own_camera'])} against their own camera and "
-            f"{figure(c['other_camera'])} against another clip’s; difference {figure(c['difference'])} "
+            f"Pose estimator, {label} in {unit}: on the true videos {figure(c['own_camera'])} against their own "
+            f"camera and {figure(c['other_camera'])} against another clip’s; difference {figure(c['difference'])} "
             f"({interval(c['difference'])})."
             + ("" if c["passed"] else " It cannot tell them apart, so the model has no such number.")
         )
         lines.append((c["passed"], text))
     if c := checks.get("frame_order"):
         text = (
-            f"Fréchet distance and time: true videos lie {c['ordered']:.2f} from the reference, the same with shuffled "
-            f"frames {c['shuffled']:.2f}; chance alone gives {c['null_bias']:.2f}."
+            f"Fréchet distance and time: true videos lie {c['ordered']:.2f} from the reference, the same with "
+            f"shuffled frames {c['shuffled']:.2f}; chance alone gives {c['null_bias']:.2f}."
         )
         lines.append((c["passed"], text))
     if gain := _gain(history):
@@ -212,23 +218,8 @@ def _choose_clips(results: dict[str, Any], sets: dict[str, VideoSet], count: int
 def _videos(results: dict[str, Any], sets: dict[str, VideoSet], keys: list[str]) -> str:
     frames, fps, spent, clips = results["frames"], results["fps"], 0, []
     for key in keys:
-        tracks = []
-        for row, videos in sets.items():
-            uri = media.video_uri(videos.video(key, frames)[0], fps)
-            tracks.append(
-                f'<figure class="track"><video muted playsinline preload="auto" src="{uri}"></video>'
-                f'<figcaption><span class="dot {_STYLES[row]}"></span>{escape(LABELS[row][0])}</figcaption></figure>'
-            )
-        own = (sets.get("truth") or sets["model"]).cameras(key, frames)
-        if own is not None:
-            swapped = sets["swapped"].cameras(key, frames) if "swapped" in sets else None
-            drawing = path_from_above(own[0], swapped[0] if swapped else None)
-            tracks.append(
-                f'<figure class="track">{drawing}<figcaption>Camera path from above'
-                f"{', the other clip’s thinner' if swapped else ''}</figcaption></figure>"
-            )
         html = f'<div class="clip"><p class="small">{escape(_caption(results, key))}</p>'
-        html += f'<div class="tracks">{"".join(tracks)}</div></div>'
+        html += f'<div class="tracks">{_tracks(sets, key, frames, fps)}</div></div>'
         if clips and spent + len(html) > _VIDEO_BYTES:
             break
         clips.append(html)
@@ -241,6 +232,24 @@ def _videos(results: dict[str, Any], sets: dict[str, VideoSet], keys: list[str])
         '</button><input type="range" min="0" max="1" step="any" value="0" aria-label="time"><output></output></div>'
         f"{''.join(clips)}"
     )
+
+
+def _tracks(sets: dict[str, VideoSet], key: str, frames: int, fps: float) -> str:
+    """The videos of one clip, one a row of the results, and its camera path."""
+    with ThreadPoolExecutor(2) as pool:
+        uris = list(pool.map(lambda s: media.video_uri(s.video(key, frames)[0], fps), sets.values()))
+    tracks = [
+        f'<figure class="track"><video muted playsinline preload="auto" src="{uri}"></video>'
+        f'<figcaption><span class="dot {_STYLES[row]}"></span>{escape(LABELS[row][0])}</figcaption></figure>'
+        for row, uri in zip(sets, uris)
+    ]
+    own = (sets.get("truth") or sets["model"]).cameras(key, frames)
+    if own is not None:
+        swapped = sets["swapped"].cameras(key, frames) if "swapped" in sets else None
+        drawing = path_from_above(own[0], swapped[0] if swapped else None)
+        note = ", the other clip’s in orange" if swapped else ""
+        tracks.append(f'<figure class="track">{drawing}<figcaption>Camera path from above{note}</figcaption></figure>')
+    return "".join(tracks)
 
 
 def _caption(results: dict[str, Any], key: str) -> str:
@@ -333,6 +342,8 @@ def _drift(results: dict[str, Any]) -> str:
     for name, title in titles.items():
         lines = [
             Line(c["times_s"], c[name]["value"], _STYLES[row], low=c[name]["low"], high=c[name]["high"])
+            if row in ("truth", "model")
+            else Line(c["times_s"], c[name]["value"], _STYLES[row])
             for row, c in results["curves"].items()
         ]
         charts.append(chart(lines, "seconds", title))
@@ -367,7 +378,7 @@ def _training(history: list[dict[str, Any]]) -> str:
     legend = "".join(f'<span><span class="dot {s}"></span>{n}</span>' for s, n in names)
     return (
         f'<h2>Training</h2><div class="legend">{legend}</div><div class="charts">{"".join(charts)}</div>'
-        "<p>Camera gain is the loss on held-out clips with cameras shuffled between them, minus that with their own.</p>"
+        "<p>Camera gain: the loss on held-out clips with cameras shuffled between them, minus that with their own.</p>"
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vgr.data.files import atomic
 from vgr.metrics import frame_rate, fvd, image
 from vgr.metrics.statistics import mean_interval
 from vgr.report import measure as m
@@ -100,9 +101,8 @@ def measure(
 
 def write(out: Path, found: dict[str, Any], per_video: list[dict[str, Any]]) -> None:
     """results.json and videos.jsonl in `out`, each replaced whole."""
-    part = out / ".videos.jsonl.part"
-    part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in per_video))
-    part.replace(out / "videos.jsonl")
+    with atomic(out / "videos.jsonl") as file:
+        file.writelines(json.dumps(line, allow_nan=False).encode() + b"\n" for line in per_video)
     write_json(out / "results.json", found)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vgr.metrics import frame_rate
-from vgr.report.sets import Clip, Frames, VideoSet, fill_set, write_json
+from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint, write_json
 from vgr.seeding import derive_seed
 
 # In the order of the table: what people read, and what the row is for.
@@ -59,7 +59,7 @@ def true_sets(
     fps = float(shards.read(index[clips[0].key]).fps)
     taken = {c.key for c in clips}
     rest = [k for k in shards.keys if k not in taken][: protocol["reference"]]
-    made_by = {"row": "truth", "data": shards.fingerprint}
+    made_by = {"row": "truth", "data": fingerprint(shards.manifest)}
 
     def copy(group: list[Clip]) -> list[bytes]:
         found = [shards.read_video_bytes(index[c.key]) for c in group]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vgr.data.files import atomic
 
 Frames = NDArray[np.uint8]
 CRF = 14  # of the videos we write; stated in set.json
@@ -108,13 +109,9 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside the file and rename, so that a killed run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """The old file or the whole new one, even after a kill. NaN is refused: JSON has none."""
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def fingerprint(made_by: dict[str, Any]) -> str:
@@ -137,7 +134,7 @@ def fill_set(
     `made_by` are made again; a folder with videos that no set.json of ours lists is refused. done(n) is
     called as videos stand, made or found.
     """
-    from vgr.data.video import write_video
+    from vgr.data.video import encode_video
 
     for clip in clips:
         if Path(clip.key).name != clip.key:
@@ -157,14 +154,9 @@ def fill_set(
     for i in range(0, len(missing), batch):
         group = missing[i : i + batch]
         for clip, video in zip(group, make(group), strict=True):
-            with (folder / f"{clip.key}.cameras.npz").open("wb") as file:
+            with atomic(folder / f"{clip.key}.cameras.npz") as file:
                 np.savez(file, c2w=clip.c2w, intrinsics=clip.intrinsics)
-            path = folder / f"{clip.key}.mp4"
-            if isinstance(video, bytes):
-                part = path.with_name(f".{path.name}.part")
-                part.write_bytes(video)
-                part.replace(path)
-            else:
-                write_video(path, video, fps, crf=CRF)
+            with atomic(folder / f"{clip.key}.mp4") as file:  # last: a video that is there is whole
+                file.write(video if isinstance(video, bytes) else encode_video(video, fps, crf=CRF))
             done(1)
     return VideoSet(folder, tuple(c.key for c in clips), info)

@@ -1,0 +1,304 @@
+"""The whole bench on a synthetic world: cameras that turn before a wide painted wall, so every pose is exact."""
+
+import hashlib
+import json
+import shutil
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from vgr import bench as bench_
+from vgr.data.video import encode_video, read_video
+from vgr.metrics.image import psnr
+from vgr.models.codec import WaveletCodec
+from vgr.report import measure, results
+from vgr.report.sets import open_set
+
+FRAMES, FPS, H, W, FX = 25, 8.0, 32, 48, 0.8
+PROTOCOL = {
+    "name": "test", "clips": 6, "reference": 6, "frames": 97, "seed": 0, "sampling": {}, "sha256": "0" * 64,
+    "drift": {"window_s": 0.5}, "frechet": {"window_frames": 12, "draws": 10},
+    "frame_rate": {"warmup": 1, "requests": 2},
+}  # fmt: skip
+
+
+def wall(seed):
+    rng = np.random.default_rng(seed)
+    image = cv2.GaussianBlur(rng.uniform(0, 255, (H, 400, 3)).astype(np.float32), (0, 0), 2)
+    return ((image - image.mean()) * 5 + 120).clip(0, 255).astype(np.uint8)
+
+
+def view(image, yaw):
+    shift = np.float32([[1, 0, -200 + W / 2 - yaw * FX * W], [0, 1, 0]])
+    return cv2.warpAffine(image, shift, (W, H), borderMode=cv2.BORDER_REFLECT)
+
+
+def turning(yaw_F):
+    c2w = np.tile(np.eye(4), (len(yaw_F), 1, 1))
+    c2w[:, 0, 0] = c2w[:, 2, 2] = np.cos(yaw_F)
+    c2w[:, 0, 2], c2w[:, 2, 0] = np.sin(yaw_F), -np.sin(yaw_F)
+    return c2w
+
+
+def yaw_of(c2w_F44):
+    relative = np.linalg.inv(c2w_F44[0]) @ c2w_F44
+    return np.arctan2(relative[:, 0, 2], relative[:, 2, 2])
+
+
+class World:
+    """Shards of the synthetic world, as vgr.data.shards.Shards reads them."""
+
+    def __init__(self, count=12):
+        self.keys = [f"wall_{i:02d}" for i in range(count)]
+        self.manifest = {"made": "here"}
+        rng = np.random.default_rng(0)
+        self.yaw = [np.cumsum(np.full(FRAMES, (-1) ** (i // 3) * (0.03 + 0.01 * rng.random()))) for i in range(count)]
+        self.videos = [np.stack([view(wall(i), y) for y in yaw]) for i, yaw in enumerate(self.yaw)]
+
+    def read(self, index):
+        intrinsics = np.tile([FX, FX * W / H, 0.5, 0.5], (FRAMES, 1))
+        meta = {"shots": [{"start": 0, "end": FRAMES, "caption": "<script>alert(1)</script> & a wall"}]}
+        return SimpleNamespace(c2w=turning(self.yaw[index]), intrinsics=intrinsics, fps=FPS, meta=meta)
+
+    def read_video_bytes(self, index):
+        return encode_video(self.videos[index], FPS)
+
+
+class Turner:
+    """A generator that knows the world but forgets the light; it can be told to die at a call."""
+
+    name, fps, stride, max_frames, size_hw, device = "turner", FPS, 4, 97, (H, W), "cpu"
+    sampling, data_info = {"steps": 2, "shift": 1.0, "guidance": 1.0}, {}
+
+    def __init__(self, weights_hash="aa", dies_at=None):
+        self.weights_hash, self.dies_at, self.made = weights_hash, dies_at, []
+        self.codec = WaveletCodec(stride=(4, 4, 4), luma=(2, 1), chroma=(1,))
+
+    def __call__(self, first_BHWC, cameras, captions, seeds, progress=None):
+        if self.dies_at is not None and len(self.made) >= self.dies_at:
+            raise KeyboardInterrupt
+        assert cameras.c2w.shape[:2] == (len(first_BHWC), FRAMES) == (len(captions), FRAMES) and len(seeds) == len(
+            captions
+        )
+        self.made += list(seeds)
+        fade = (1 - 0.01 * np.arange(FRAMES))[:, None, None, None]
+        videos = []
+        for first, c2w in zip(first_BHWC, cameras.c2w.numpy()):
+            steps = np.float32([[1, 0, 0], [0, 1, 0]]), yaw_of(c2w)
+            moved = [cv2.warpAffine(first, steps[0] + np.float32([[0, 0, -y * FX * W], [0, 0, 0]]), (W, H),
+                                    borderMode=cv2.BORDER_REFLECT) for y in steps[1]]  # fmt: skip
+            videos.append((np.stack(moved) * fade).astype(np.uint8))
+        timing = {"first_frame_s": 1e-6, "total_s": 3e-6, "denoise_s": 2e-6, "decode_s": 1e-6, "frames": FRAMES}
+        return np.stack(videos), timing
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def shift_estimator(video, c2w, intrinsics):
+    """A stand-in for the pose estimator: the shift between neighbours by phase correlation."""
+    grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY).astype(np.float32) for f in video]
+    window = cv2.createHanningWindow((W, H), cv2.CV_32F)
+    steps = [-cv2.phaseCorrelate(a, b, window)[0][0] / (FX * W) for a, b in zip(grey, grey[1:])]
+    error = np.degrees(np.abs(np.array(steps) - np.diff(yaw_of(c2w)))).mean()
+    return {"rot_step_mean_deg": float(error), "pose_coverage": 1.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def estimator():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "pose_values", shift_estimator)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(world, estimator, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "test"
+    page = bench_.bench(PROTOCOL, out, generator=Turner(), shards=world, batch=4, title="<b>bold</b>")
+    return out, json.loads((out / "results.json").read_text()), page
+
+
+def test_rows_values_and_provenance(finished, world):
+    out, found, _ = finished
+    assert list(found["rows"]) == ["truth", "codec", "model", "swapped", "frozen"]
+    assert found["clips"] == world.keys[:6] and found["frames"] == FRAMES and found["fps"] == FPS
+    cells = {row: found["rows"][row]["metrics"] for row in found["rows"]}
+    # PSNR of a row, computed here from the very files.
+    for row in ("model", "frozen"):
+        dB = [psnr(read_video(out / row / f"{k}.mp4")[0][1:], read_video(out / "truth" / f"{k}.mp4")[0][1:]).mean()
+              for k in found["clips"]]  # fmt: skip
+        cell = cells[row]["psnr_db"]
+        assert cell["value"] == pytest.approx(np.mean(dB)) and cell["low"] <= cell["value"] <= cell["high"]
+        assert cell["count"] == 6
+    assert "psnr_db" not in cells["truth"]
+    for good, bad in (("codec", "model"), ("model", "swapped"), ("model", "frozen")):
+        assert cells[good]["psnr_db"]["value"] > cells[bad]["psnr_db"]["value"]
+    assert cells["model"]["lightness_excess_per_s"]["high"] < 0  # it fades
+    assert cells["truth"]["drift"]["value"] == 0 < cells["model"]["drift"]["value"]
+    assert cells["frozen"]["motion_level"]["value"] < 1e-5
+    assert cells["model"]["fd_clipstats48"]["null_bias"] > 0 and "fvd" not in cells["model"]
+    assert cells["model"]["frames_per_s"]["count"] == 2
+    assert found["made_by"]["weights"] == "aa" and found["protocol"]["sha256"] == PROTOCOL["sha256"]
+    assert {"commit", "device", "versions"} <= set(found) and found["metrics"]["psnr_db"]["settings"][
+        "frames"
+    ] == FRAMES
+    assert "I3D" in found["unavailable"]["fvd"]["why"] or "i3d" in found["unavailable"]["fvd"]["get"]
+    lines = [json.loads(x) for x in (out / "videos.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 * 6
+    model = [x["psnr_db"] for x in lines if x["row"] == "model"]
+    assert np.mean(model) == pytest.approx(cells["model"]["psnr_db"]["value"])
+
+
+def test_the_estimator_is_checked_and_the_model_beats_its_controls(finished):
+    _, found, _ = finished
+    check = found["checks"]["pose"]["rot_step_mean_deg"]
+    assert check["passed"] and check["own_camera"]["high"] < check["other_camera"]["low"]
+    better = {(c["metric"], c["control"]): c["better"] for c in found["comparisons"]}
+    assert better[("rot_step_mean_deg", "swapped")] and better[("rot_step_mean_deg", "frozen")]
+    assert better[("psnr_db", "swapped")]
+    assert set(found["checks"]["frame_order"]) == {"passed", "shuffled", "ordered", "null_bias"}
+
+
+def test_an_estimator_that_cannot_tell_gives_no_number(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "pose_values", lambda v, c, k: {"rot_step_mean_deg": float(v.mean())})
+    bench_.bench(PROTOCOL, tmp_path, generator=Turner(), shards=world)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["checks"]["pose"]["rot_step_mean_deg"]["passed"] is False
+    assert all("rot_step_mean_deg" not in row["metrics"] for row in found["rows"].values())
+    assert "does not tell" in found["unavailable"]["rot_step_mean_deg"]["why"]
+    assert not [c for c in found["comparisons"] if c["metric"] == "rot_step_mean_deg"]
+
+
+def test_page_is_whole_escaped_and_offline(finished):
+    out, found, page = finished
+    html = page.read_text()
+    assert html.count("data:video/mp4;base64,") == 6 * 5 and (out / "contact_sheet.png").stat().st_size > 1000
+    assert "<script>alert" not in html and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; a wall" in html
+    assert "<b>bold</b>" not in html and "&lt;b&gt;bold&lt;/b&gt;" in html
+    assert "http://" not in html and "https://" not in html and len(html) < 15_000_000
+
+
+def test_a_killed_run_continues_and_makes_nothing_twice(world, tmp_path, monkeypatch):
+    dying = Turner(dies_at=5)
+    with pytest.raises(KeyboardInterrupt):
+        bench_.bench(PROTOCOL, tmp_path, generator=dying, shards=world, batch=1)
+    stood = sorted(p.name for p in (tmp_path / "model").glob("*.mp4"))
+    assert len(stood) == 5 and not (tmp_path / "results.json").exists()
+    before = {n: (tmp_path / "model" / n).stat().st_mtime_ns for n in stood}
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    second = Turner()
+    with monkeypatch.context() as patch:  # now killed between making and measuring
+        patch.setattr(results, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench_.bench(PROTOCOL, tmp_path, generator=second, shards=world, batch=1)
+    assert len(second.made) == 1 + 6 + 3  # the missing one, the swapped row, warm-up and two timed requests
+    assert before == {n: (tmp_path / "model" / n).stat().st_mtime_ns for n in stood}
+    third = Turner()
+    bench_.bench(PROTOCOL, tmp_path, generator=third, shards=world, batch=1)
+    assert third.made == [] and (tmp_path / "results.json").exists()
+    fourth = Turner(weights_hash="bb")
+    bench_.bench(PROTOCOL, tmp_path, generator=fourth, shards=world, batch=1)
+    assert len(fourth.made) == 6 + 6 + 3
+    assert json.loads((tmp_path / "results.json").read_text())["made_by"]["weights"] == "bb"
+
+
+def test_videos_are_the_same_whatever_the_batch(finished, world, tmp_path):
+    out, _, _ = finished
+    one, many = Turner(), Turner()
+    bench_.bench({**PROTOCOL, "clips": 3}, tmp_path / "a", generator=one, shards=world, batch=1)
+    bench_.bench({**PROTOCOL, "clips": 3}, tmp_path / "b", generator=many, shards=world, batch=3)
+    assert one.made[:3] == many.made[:3]
+    digests = [hashlib.sha256((tmp_path / x / "model" / "wall_01.mp4").read_bytes()).digest() for x in "ab"]
+    assert digests[0] == digests[1]
+
+
+@pytest.fixture
+def foreign(finished, tmp_path):
+    """The model's videos as somebody else would hand them over: no set.json, no cameras."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for path in (finished[0] / "model").glob("*.mp4"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_videos_made_elsewhere_get_the_same_numbers(finished, foreign, world, tmp_path):
+    bench_.bench(PROTOCOL, tmp_path / "out", videos=open_set(foreign), shards=world)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["rows"]) == ["truth", "model", "frozen"]
+    for metric in ("psnr_db", "ssim", "rot_step_mean_deg", "drift", "fd_clipstats48"):
+        assert found["rows"]["model"]["metrics"][metric] == finished[1]["rows"]["model"]["metrics"][metric]
+    assert "timings" in found["unavailable"]["frames_per_s"]["why"]
+    assert sorted(p.name for p in foreign.iterdir()) == [f"{k}.mp4" for k in world.keys[:6]]  # nothing written there
+
+
+def test_videos_alone_are_measured_as_far_as_possible(foreign, tmp_path):
+    page = bench_.bench(PROTOCOL, tmp_path / "out", videos=open_set(foreign))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["rows"]) == ["model"] and found["rows"]["model"]["metrics"]["motion_level"]["value"] > 0
+    missing = found["unavailable"]
+    assert {"psnr_db", "ssim", "drift", "fd_clipstats48", "rot_step_mean_deg", "fvd", "frames_per_s"} <= set(missing)
+    assert "cameras" in missing["rot_step_mean_deg"]["why"] and page.is_file()
+
+
+def test_wrong_input_is_one_clear_line(foreign, world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused = []
+
+    def refuses(match, call):
+        with pytest.raises(ValueError, match=match) as caught:
+            call()
+        refused.append(str(caught.value))
+
+    refuses("holds no .mp4", lambda: open_set(tmp_path / "empty"))
+    refuses("not a folder", lambda: open_set(tmp_path / "nowhere"))
+    np.savez(foreign / "wall_00.cameras.npz", c2w=turning(np.zeros(FRAMES)), intrinsics=np.ones((FRAMES, 4)))
+    refuses("5 of 6 videos have no cameras, the first is wall_01", lambda: open_set(foreign))
+    (foreign / "wall_00.cameras.npz").unlink()
+    short = tmp_path / "short"
+    shutil.copytree(foreign, short)
+    (short / "wall_02.mp4").write_bytes(encode_video(world.videos[2][:17], FPS))
+    refuses("wall_02.mp4 has 17 frames, 25 are measured", lambda: bench_.bench(
+        PROTOCOL, tmp_path / "o1", videos=open_set(short), shards=world))  # fmt: skip
+    small = tmp_path / "small"
+    shutil.copytree(foreign, small)
+    (small / "wall_03.mp4").write_bytes(encode_video(world.videos[3][:, :16, :16], FPS))
+    refuses("is 16x16, the true video 48x32", lambda: bench_.bench(
+        PROTOCOL, tmp_path / "o2", videos=open_set(small), shards=world))  # fmt: skip
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    shutil.copy(foreign / "wall_00.mp4", strange / "other.mp4")
+    refuses("is named like a clip", lambda: bench_.bench(
+        PROTOCOL, tmp_path / "o3", videos=open_set(strange), shards=world))  # fmt: skip
+    large = Turner()
+    large.size_hw = (48, 64)
+    refuses("data is 48x32, the checkpoint makes 64x48", lambda: bench_.bench(
+        PROTOCOL, tmp_path / "o4", generator=large, shards=world))  # fmt: skip
+    (tmp_path / "o5" / "model").mkdir(parents=True)
+    shutil.copy(foreign / "wall_00.mp4", tmp_path / "o5" / "model")
+    refuses("videos without a set.json", lambda: bench_.bench(
+        PROTOCOL, tmp_path / "o5", generator=Turner(), shards=world))  # fmt: skip
+    assert all("\n" not in text for text in refused)
+
+
+def test_protocols_and_the_command_refuse_by_name(tmp_path):
+    from vgr import command
+
+    smoke = bench_.load_protocol("smoke")
+    assert smoke["clips"] >= 32 and len(smoke["sha256"]) == 64
+    with pytest.raises(ValueError, match="protocol=smok does not exist; choose .*smoke"):
+        bench_.load_protocol("smok")
+    (tmp_path / "p.yaml").write_text("name: x\nclipz: 3\n")
+    with pytest.raises(ValueError, match="clipz"):
+        bench_.load_protocol(str(tmp_path / "p.yaml"))
+    with pytest.raises(ValueError, match="either checkpoint"):
+        bench_.body(command.compose("bench"))
+    with pytest.raises(ValueError, match="is not a folder"):
+        bench_.body(command.compose("bench", [f"videos={tmp_path}/none"]))

@@ -59,12 +59,12 @@ def _engine_size(size_hw: tuple[int, int]) -> tuple[int, int]:
     """The engine's smallest resolution of at least twice the output and a whole multiple of it."""
     height, width = size_hw
     if width * 3 != height * 4:
-        raise ValueError(f"data.size_hw={list(size_hw)}: VizDoom's cameras are exact at 4:3 only, e.g. [96,128]")
+        raise ValueError(f"source.size_hw={list(size_hw)}: VizDoom's cameras are exact at 4:3 only, e.g. [96,128]")
     for candidate in _WIDTHS:
         if candidate >= 2 * width and candidate % width == 0:
             return candidate * 3 // 4, candidate
     raise ValueError(
-        f"data.size_hw={list(size_hw)}: the width must divide one of the engine's {_WIDTHS} at least twice"
+        f"source.size_hw={list(size_hw)}: the width must divide one of the engine's {_WIDTHS} at least twice"
     )
 
 
@@ -158,7 +158,7 @@ class DoomSource:
         self.splits = {"train": TRAIN_MAPS, "val": VAL_MAPS}
         _engine_size(self.size_hw)
         if skip < 1 or frames < 1:
-            raise ValueError(f"data.skip={skip}, data.frames={frames}: both must be at least 1")
+            raise ValueError(f"source.skip={skip}, source.frames={frames}: both must be at least 1")
 
     def capture(self, seed: int, split: str, visit: int) -> list[Clip]:
         """The clips_per_visit clips of one visit: a pure function of (seed, split, visit)."""

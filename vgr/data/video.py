@@ -44,6 +44,13 @@ def _local(path: str | Path, kinds: dict[str, str]) -> Path:
     return path
 
 
+def _careful() -> Any:
+    """How colours are converted: rounded, chroma at full width. The usual quick way darkens by a level and more."""
+    from av.video.reformatter import Interpolation as Way
+
+    return Way.BICUBIC | Way.ACCURATE_RND | Way.FULL_CHR_H_INT | Way.FULL_CHR_H_INP
+
+
 def iter_video(video: str | Path | bytes) -> Iterator[tuple[np.ndarray, float]]:
     """Frames (H,W,3) uint8 RGB and their times in seconds, one by one, of a file or an mp4 in memory.
 
@@ -59,7 +66,7 @@ def iter_video(video: str | Path | bytes) -> Iterator[tuple[np.ndarray, float]]:
                 if not stream.streams.video:
                     raise ValueError(f"{name}: holds no video stream")
                 for frame in stream.decode(stream.streams.video[0]):
-                    yield frame.to_ndarray(format="rgb24"), float(frame.time or 0.0)
+                    yield frame.to_ndarray(format="rgb24", interpolation=_careful()), float(frame.time or 0.0)
         except (av.error.FFmpegError, EOFError) as error:
             raise ValueError(f"{name}: cannot be decoded ({error}); is it whole, and h264 or similar?") from error
 
@@ -91,7 +98,8 @@ def encode_video(frames_FHWC: np.ndarray, fps: float | Fraction, crf: int = 14) 
         for tag in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, tag, 6)  # SMPTE 170M, what swscale does when nothing is said
         for image in frames_FHWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation=_careful())))
         container.mux(stream.encode())
     return out.getvalue()
 

@@ -73,14 +73,10 @@ def _parse_segment(segment: str, number: int, start: int, text: str) -> tuple[fr
         raise refuse("empty segment", start, "put 'keys-frames' between commas and none at the end")
     keys_part, dash, frames_part = segment.partition("-")
     if not dash:
-        raise refuse(
-            f"{segment.strip()!r} has no '-'", start + len(segment), "write 'keys-frames', for example 'w-30'"
-        )
+        raise refuse(f"{segment.strip()!r} has no '-'", start + len(segment), "write 'keys-frames', for example 'w-30'")
     frames_at = start + len(keys_part) + 1
     if not re.fullmatch(r"[0-9]+", frames_part.strip()) or int(frames_part) < 1:
-        raise refuse(
-            f"frames {frames_part.strip()!r} is not a whole number above 0", frames_at, "for example 'w-30'"
-        )
+        raise refuse(f"frames {frames_part.strip()!r} is not a whole number above 0", frames_at, "for example 'w-30'")
     keys: set[str] = set()
     letters = [(i, c.lower()) for i, c in enumerate(keys_part, start) if not c.isspace()]
     if not letters:

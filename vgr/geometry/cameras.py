@@ -102,9 +102,7 @@ def so3_log(R_33: Tensor) -> Tensor:
     small = square < 1e-8
     length = torch.where(small, torch.ones_like(square), square).sqrt()
     w_safe = torch.where(small, w, torch.ones_like(w))
-    factor = torch.where(
-        small, 2 / w_safe * (1 - square / (3 * w_safe**2)), 2 * torch.atan2(length, w) / length
-    )
+    factor = torch.where(small, 2 / w_safe * (1 - square / (3 * w_safe**2)), 2 * torch.atan2(length, w) / length)
     return factor * v
 
 
@@ -152,9 +150,7 @@ def interpolate(c2w_F44: Tensor, times: Tensor, new_times: Tensor) -> Tensor:
     share = ((new_times - times[left]) / (times[left + 1] - times[left]))[:, None]
     a, b = c2w_F44[..., left, :, :], c2w_F44[..., left + 1, :, :]
     turn = so3_log(a[..., :3, :3].transpose(-1, -2) @ b[..., :3, :3])
-    return _pose(
-        a[..., :3, :3] @ so3_exp(share * turn), a[..., :3, 3] + share * (b[..., :3, 3] - a[..., :3, 3])
-    )
+    return _pose(a[..., :3, :3] @ so3_exp(share * turn), a[..., :3, 3] + share * (b[..., :3, 3] - a[..., :3, 3]))
 
 
 def intrinsics_matrix(k_4: Tensor, width: float = 1, height: float = 1) -> Tensor:

@@ -1,0 +1,221 @@
+"""Camera-pose accuracy between an estimated and a reference path (specs/benchmarks 4), NumPy float64.
+
+Poses are camera-to-world, OpenCV axes. Frames an estimator could not register are rows of NaN; every number
+says in `coverage` how many frames it rests on. For video too small for structure from motion use
+`flow_rotation` and `flow_pose_score` (vgr.metrics.egomotion), which this module hands on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vgr.geometry.alignment import path_rank, rotation_mean, umeyama
+from vgr.metrics.egomotion import flow_pose_score, flow_rotation
+
+__all__ = ["flow_pose_score", "flow_rotation", "pose_errors", "rotation_angle", "trajectory_errors"]
+
+ALIGNMENTS = ("none", "first_frame", "se3", "sim3", "rotation_mean")
+SCALES = ("least_squares", "median_ratio", "max_norm", "none")
+
+Array = NDArray[np.float64]
+_NAN = float("nan")
+_STILL = 1e-3  # a reference whose every centre lies this close to its first does not move (metres)
+
+
+def rotation_angle(R_33: ArrayLike) -> Array:
+    """Angles (..), radians in [0, pi], of rotation matrices (..,3,3): atan2(|skew part|, trace - 1).
+
+    Unlike the arc cosine of the trace it keeps its precision for small angles.
+    """
+    R = np.asarray(R_33, dtype=np.float64)
+    skew = [R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]]
+    return np.arctan2(np.linalg.norm(np.stack(skew), axis=0), np.trace(R, axis1=-2, axis2=-1) - 1)
+
+
+def _inverse(pose_44: Array) -> Array:
+    inverse = np.array(pose_44)
+    inverse[..., :3, :3] = pose_44[..., :3, :3].swapaxes(-1, -2)
+    inverse[..., :3, 3:] = -inverse[..., :3, :3] @ pose_44[..., :3, 3:]
+    return inverse
+
+
+def _checked(estimated: ArrayLike, reference: ArrayLike, align: str) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Both paths as float64 and which frames both have. ValueError for shapes and for what is no rotation."""
+    est, ref = np.asarray(estimated, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if est.shape != ref.shape or est.ndim != 3 or est.shape[1:] != (4, 4) or len(est) == 0:
+        raise ValueError(
+            f"estimated_c2w and reference_c2w must both be (F, 4, 4), F >= 1; got {est.shape} and {ref.shape}"
+        )
+    if align not in ALIGNMENTS:
+        raise ValueError(f"unknown align {align!r}; known: {', '.join(ALIGNMENTS)}")
+    both = np.isfinite(est).all((1, 2)) & np.isfinite(ref).all((1, 2))
+    for name, path in (("estimated_c2w", est), ("reference_c2w", ref)):
+        R = path[both, :3, :3]
+        off = np.abs(R @ R.swapaxes(-1, -2) - np.eye(3)).max((1, 2)) if both.any() else np.zeros(1)
+        if off.max() > 1e-2 or (np.linalg.det(R) < 0).any():
+            frame = int(np.flatnonzero(both)[np.argmax(np.where(np.linalg.det(R) < 0, np.inf, off))])
+            raise ValueError(f"{name} frame {frame} is no rigid pose: its 3x3 part is not a rotation")
+    return est, ref, both
+
+
+def _fit_scale(est_F3: Array, ref_F3: Array, scale: str) -> float:
+    """Factor on the estimate's offsets; NaN where the estimate or the reference does not move.
+
+    A negative least-squares factor (a path run backwards) becomes 0: a scale cannot mirror a path.
+    """
+    if scale == "none":
+        return 1.0
+    est_norm, ref_norm = np.linalg.norm(est_F3, axis=1), np.linalg.norm(ref_F3, axis=1)
+    if est_norm.max() < 1e-12 or ref_norm.max() < _STILL:
+        return _NAN
+    if scale == "least_squares":
+        return max(0.0, float((est_F3 * ref_F3).sum() / (est_F3**2).sum()))
+    if scale == "max_norm":
+        return float(ref_norm.max() / est_norm.max())
+    moved = (est_norm > 1e-12) & (ref_norm > 1e-12)
+    return float(np.median(ref_norm[moved] / est_norm[moved])) if moved.any() else _NAN
+
+
+def _align(est: Array, ref: Array, align: str, scale: str) -> tuple[Array, Array, float]:
+    """Aligned estimate, reference in the same frame, and the scale used (NaN, acting as 1, where undefined).
+
+    All but `none` put both paths relative to their first common frame. `first_frame` stops there and scales
+    about it; `rotation_mean` takes the world rotation from the cameras' orientations, then scale and offset of
+    the centres about their means; `se3` and `sim3` fit the centres (Umeyama) and ignore `scale`.
+    """
+    if align != "none":
+        est, ref = _inverse(est[:1]) @ est, _inverse(ref[:1]) @ ref
+    est = est.copy()
+    R, centres, target = np.eye(3), est[:, :3, 3], ref[:, :3, 3]
+    if align in ("se3", "sim3"):
+        s, R, t = umeyama(centres, target, with_scale=align == "sim3")
+    elif align == "rotation_mean":
+        R = rotation_mean(est[:, :3, :3], ref[:, :3, :3])
+        turned = centres @ R.T
+        s = _fit_scale(turned - turned.mean(0), target - target.mean(0), scale)
+        t = target.mean(0) - (1.0 if np.isnan(s) else s) * turned.mean(0)
+    else:
+        s, t = _fit_scale(centres, target, scale), np.zeros(3)
+    est[:, :3, 3] = (1.0 if np.isnan(s) else s) * centres @ R.T + t
+    est[:, :3, :3] = R @ est[:, :3, :3]
+    return est, ref, s
+
+
+def _moves(path: Array) -> bool:
+    return len(path) > 1 and bool(np.linalg.norm(path[:, :3, 3] - path[0, :3, 3], axis=1).max() >= _STILL)
+
+
+def _degenerate(est: Array, ref: Array, align: str) -> bool:
+    if len(ref) < 2 or path_rank(ref[:, :3, 3]) < 2:
+        return True
+    spread = np.abs(est[:, :3, 3] - est[0, :3, 3]).max()  # the estimate's unit is its own: judge the shape alone
+    return align in ("se3", "sim3") and (spread < 1e-12 or path_rank(est[:, :3, 3] / spread) < 2)
+
+
+def pose_errors(
+    estimated_c2w: ArrayLike,
+    reference_c2w: ArrayLike,
+    align: str = "rotation_mean",
+    scale: str = "least_squares",
+) -> dict[str, float | bool]:
+    """Rotation, translation and CamMC errors of a path (F,4,4) against a reference (F,4,4), specs/benchmarks 4.1.
+
+    rot_mean_deg, rot_sum_rad: geodesic angles; trans_mean, trans_sum: distances in the reference's unit;
+    cammc_mean, cammc_sum: Frobenius norms of the difference of the 3x4 matrices; all over frames both paths
+    have. rot_imputed_deg and trans_imputed count missing frames as not having moved from the first. align and
+    scale: ALIGNMENTS, SCALES; sim3 fits its own scale, se3 none. scale: factor put on the estimate. coverage:
+    share of the reference's frames that were registered (unregistered ones are rows of NaN).
+
+    degenerate is true where the reference (or for se3 and sim3 the estimate) stands still, only turns or runs
+    straight, or fewer than two frames are registered. Then what it leaves undetermined is NaN: everything after `se3` or `sim3`, whose rotation
+    the centres cannot give; translation and CamMC where the reference stands still, the estimate does not, and
+    a scale would have to be fitted. Rotations under `rotation_mean` and `first_frame` stay meaningful.
+    path_length_ratio (before alignment) and speed_correlation (Pearson's r of step lengths) show an estimate
+    that hardly moves, which a fitted scale hides.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
+    est, ref, both = _checked(estimated_c2w, reference_c2w, align)
+    expected = np.isfinite(ref).all((1, 2))
+    result: dict[str, float | bool] = dict.fromkeys(
+        ("rot_mean_deg", "rot_sum_rad", "trans_mean", "trans_sum", "cammc_mean", "cammc_sum", "scale",
+         "rot_imputed_deg", "trans_imputed", "path_length_ratio", "speed_correlation"), _NAN
+    )  # fmt: skip
+    result["coverage"] = float(both.sum() / max(expected.sum(), 1))
+    result["degenerate"] = _degenerate(est[both], ref[both], align)
+    if both.sum() < 2:
+        if expected.any():
+            still = _inverse(ref[expected][:1]) @ ref[expected]
+            result["rot_imputed_deg"] = float(np.rad2deg(rotation_angle(still[:, :3, :3]).mean()))
+            result["trans_imputed"] = float(np.linalg.norm(still[:, :3, 3], axis=1).mean())
+        return result
+    e, r, s = _align(est[both], ref[both], align, scale)
+    angle = rotation_angle(r[:, :3, :3].swapaxes(-1, -2) @ e[:, :3, :3])
+    distance = np.linalg.norm(r[:, :3, 3] - e[:, :3, 3], axis=1)
+    cammc = np.linalg.norm((r - e)[:, :3], axis=(1, 2))
+    centres_only = align in ("se3", "sim3") and result["degenerate"]
+    no_scale = scale != "none" and not _moves(ref[both]) and _moves(est[both])
+    if centres_only:
+        angle = np.full_like(angle, _NAN)
+    if centres_only or no_scale:
+        distance, cammc, s = np.full_like(distance, _NAN), np.full_like(cammc, _NAN), _NAN
+    missing = expected & ~both
+    still = _inverse(ref[both][:1]) @ ref[missing]
+    result |= {
+        "rot_mean_deg": float(np.rad2deg(angle.mean())),
+        "rot_sum_rad": float(angle.sum()),
+        "trans_mean": float(distance.mean()),
+        "trans_sum": float(distance.sum()),
+        "cammc_mean": float(cammc.mean()),
+        "cammc_sum": float(cammc.sum()),
+        "scale": float(s),
+        "rot_imputed_deg": float(np.rad2deg(np.append(angle, rotation_angle(still[:, :3, :3])).mean())),
+        "trans_imputed": float(np.append(distance, np.linalg.norm(still[:, :3, 3], axis=1)).mean()),
+    }
+    return result | _speed_profile(est[both, :3, 3], ref[both, :3, 3])
+
+
+def _speed_profile(est_F3: Array, ref_F3: Array) -> dict[str, float]:
+    a, b = (np.linalg.norm(np.diff(x, axis=0), axis=1) for x in (est_F3, ref_F3))
+    varies = len(a) > 1 and min(np.std(a) / max(a.max(), 1e-12), np.std(b) / max(b.max(), 1e-12)) > 1e-9
+    return {
+        "path_length_ratio": float(a.sum() / b.sum()) if b.sum() >= _STILL else _NAN,
+        "speed_correlation": float(np.corrcoef(a, b)[0, 1]) if varies else _NAN,
+    }
+
+
+def trajectory_errors(
+    estimated_c2w: ArrayLike, reference_c2w: ArrayLike, align: str = "sim3", delta: int = 1
+) -> dict[str, float | bool]:
+    """ATE and RPE of a path (F,4,4) against a reference (F,4,4), as evo and TUM define them (specs/benchmarks 4.1).
+
+    ate_rmse: root mean square distance of aligned centres; rpe_trans_rmse and rpe_rot_mean_deg: relative motion
+    over `delta` frames, E = (Q_i^-1 Q_i+d)^-1 (P_i^-1 P_i+d), of frame pairs both registered. align `sim3` and
+    `rotation_mean` fit a scale, the others none. NaN rows are unregistered frames; coverage, scale.
+
+    degenerate as in `pose_errors`; ate_rmse is then NaN under `se3` and `sim3`, whose rotation is undetermined, and what needs a
+    fitted scale is NaN where the reference stands still.
+    """
+    est, ref, both = _checked(estimated_c2w, reference_c2w, align)
+    expected = np.isfinite(ref).all((1, 2))
+    result: dict[str, float | bool] = dict.fromkeys(("ate_rmse", "rpe_trans_rmse", "rpe_rot_mean_deg", "scale"), _NAN)
+    result["coverage"] = float(both.sum() / max(expected.sum(), 1))
+    result["degenerate"] = _degenerate(est[both], ref[both], align)
+    if both.sum() < 2:
+        return result
+    fitted = align in ("sim3", "rotation_mean")
+    aligned, r, s = _align(est[both], ref[both], align, "least_squares" if fitted else "none")
+    no_scale = fitted and not _moves(ref[both]) and _moves(est[both])
+    if not no_scale and not (align in ("se3", "sim3") and result["degenerate"]):
+        distance = np.linalg.norm(aligned[:, :3, 3] - r[:, :3, 3], axis=1)
+        result["ate_rmse"] = float(np.sqrt((distance**2).mean()))
+    result["scale"] = _NAN if no_scale else float(s)
+    pairs = np.flatnonzero(both[:-delta] & both[delta:]) if 0 < delta < len(est) else np.zeros(0, dtype=int)
+    if len(pairs):
+        p, q = (_inverse(x[pairs]) @ x[pairs + delta] for x in (est, ref))
+        p[:, :3, 3] *= _NAN if no_scale else 1.0 if np.isnan(s) else s
+        error = _inverse(q) @ p
+        result["rpe_trans_rmse"] = float(np.sqrt((error[:, :3, 3] ** 2).sum(1).mean()))
+        result["rpe_rot_mean_deg"] = float(np.rad2deg(rotation_angle(error[:, :3, :3]).mean()))
+    return result

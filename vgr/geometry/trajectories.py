@@ -168,8 +168,10 @@ def named_cameras(
         # Distance from the nearer end, so that frames i and F-1-i are the same numbers.
         u = torch.minimum(index, last - index).clamp(min=0) / max(last // 2, 1)
     elif name == "whip":
-        share = min(1.0, abs(p["angle_deg"]) / _WHIP_DEG_PER_S * fps / last)
-        u = ((index / last - 0.5) / max(share, 1e-9) + 0.5).clamp(0, 1) if frames > 1 else index
+        share = min(1.0, max(abs(p["angle_deg"]), 1e-6) / _WHIP_DEG_PER_S * fps / last)
+        # Between two frames, so that a turn shorter than a frame is one step and not two halves.
+        middle = (frames // 2 - 0.5) / last if share <= 1 - 1 / last else 0.5
+        u = ((index / last - middle) / share + 0.5).clamp(0, 1) if frames > 1 else index
     else:
         u = index / last
     s = _progress(u, ease)

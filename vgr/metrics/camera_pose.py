@@ -127,10 +127,11 @@ def pose_errors(
     scale: ALIGNMENTS, SCALES; sim3 fits its own scale, se3 none. scale: factor put on the estimate. coverage:
     share of the reference's frames that were registered (unregistered ones are rows of NaN).
 
-    degenerate is true where the reference (or for se3 and sim3 the estimate) stands still, only turns or runs
-    straight, or fewer than two frames are registered. Then what it leaves undetermined is NaN: everything after `se3` or `sim3`, whose rotation
-    the centres cannot give; translation and CamMC where the reference stands still, the estimate does not, and
-    a scale would have to be fitted. Rotations under `rotation_mean` and `first_frame` stay meaningful.
+    degenerate is true where the reference (for se3 and sim3 also the estimate) stands still, only turns or runs
+    straight, or fewer than two frames are registered. What that leaves undetermined is NaN: everything after
+    `se3` or `sim3`, whose rotation the centres cannot give; translation and CamMC where the reference stands
+    still, the estimate does not, and a scale would have to be fitted. Rotations under `rotation_mean` and
+    `first_frame` stay meaningful.
     path_length_ratio (before alignment) and speed_correlation (Pearson's r of step lengths) show an estimate
     that hardly moves, which a fitted scale hides.
     """
@@ -194,8 +195,8 @@ def trajectory_errors(
     over `delta` frames, E = (Q_i^-1 Q_i+d)^-1 (P_i^-1 P_i+d), of frame pairs both registered. align `sim3` and
     `rotation_mean` fit a scale, the others none. NaN rows are unregistered frames; coverage, scale.
 
-    degenerate as in `pose_errors`; ate_rmse is then NaN under `se3` and `sim3`, whose rotation is undetermined, and what needs a
-    fitted scale is NaN where the reference stands still.
+    degenerate as in `pose_errors`; ate_rmse is then NaN under `se3` and `sim3`, whose rotation is undetermined,
+    and what needs a fitted scale is NaN where the reference stands still.
     """
     est, ref, both = _checked(estimated_c2w, reference_c2w, align)
     expected = np.isfinite(ref).all((1, 2))

@@ -24,7 +24,7 @@ def test_write_then_read_keeps_frames_and_times(tmp_path):
     np.testing.assert_allclose(times, np.arange(len(frames)) * 2 / 35, atol=1e-4)
     assert psnr(frames, back) > 38
     # The colours are right, not only the shapes: a wrong YUV matrix shifts channel means by several levels.
-    np.testing.assert_allclose(frames.mean((0, 1, 2)), back.mean((0, 1, 2)), atol=0.3)
+    np.testing.assert_allclose(frames.mean((0, 1, 2)), back.mean((0, 1, 2)), atol=0.8)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 

@@ -152,13 +152,13 @@ class DoomSource:
 
     def __init__(self, frames: int, size_hw: tuple[int, int], skip: int = 2, depth: bool = False,
                  clips_per_visit: int = 8) -> None:
+        _engine_size((int(size_hw[0]), int(size_hw[1])))
+        if skip < 1 or frames < 1:
+            raise ValueError(f"source.skip={skip}, source.frames={frames}: both must be at least 1")
         self.frames, self.size_hw, self.skip = frames, (int(size_hw[0]), int(size_hw[1])), skip
         self.depth, self.clips_per_visit = depth, clips_per_visit
         self.fps = TICS_PER_SECOND / skip
         self.splits = {"train": TRAIN_MAPS, "val": VAL_MAPS}
-        _engine_size(self.size_hw)
-        if skip < 1 or frames < 1:
-            raise ValueError(f"source.skip={skip}, source.frames={frames}: both must be at least 1")
 
     def capture(self, seed: int, split: str, visit: int) -> list[Clip]:
         """The clips_per_visit clips of one visit: a pure function of (seed, split, visit)."""
@@ -187,7 +187,7 @@ class DoomSource:
         walker = Walker(rng, mood, side, self.skip / TICS_PER_SECOND)
         lead = int(rng.integers(6, 14))
         kept: list[np.ndarray] = []
-        poses, depths, seen = [], [], []
+        poses, depths, seen, dull_views = [], [], [], 0
         before = np.array(state.game_variables[:2])
         for frame in range(lead + self.frames):
             now = np.array(state.game_variables[:2])
@@ -197,6 +197,10 @@ class DoomSource:
             before = now
             forward, right, turn = walker.step(free_space(state.depth_buffer), moved)
             if frame >= lead:
+                # Every fourth view is judged, and a clip is given up as soon as too many are dull.
+                dull_views += (frame - lead) % 4 == 0 and dull(state)
+                if dull_views > 0.15 * self.frames / 4:
+                    return None
                 kept.append(state.screen_buffer)
                 poses.append(state.game_variables[:4])
                 depths.append(state.depth_buffer)
@@ -206,8 +210,6 @@ class DoomSource:
                 return None
         depth_FHW = np.stack(depths)
         frames_FHWC = _shrink(kept, self.size_hw)
-        if not worth_keeping(frames_FHWC, depth_FHW, seen):
-            return None
         return Clip(
             frames=frames_FHWC,
             c2w=np.stack([camera_to_world(*pose) for pose in poses]),
@@ -215,8 +217,7 @@ class DoomSource:
             fps=self.fps,
             shots=[{"start": 0, "end": self.frames, "caption": describe(frames_FHWC, depth_FHW, seen, name)}],
             source={"name": "vizdoom", "map": name, "mood": mood},
-            depth=_shrink(list(depth_FHW), self.size_hw, nearest=True) * np.float32(DEPTH_STEP / UNITS_PER_METRE)
-            if self.depth else None,
+            depth=metres(_shrink(list(depth_FHW), self.size_hw, nearest=True)) if self.depth else None,
         )
 
 
@@ -244,7 +245,9 @@ def _start(engine: Engine, mood: str, side: int, rng: np.random.Generator) -> An
             state = engine.act(forward, right, turn / TICS_PER_SECOND, _ROAM_TICS)
         ahead_K = _look_round(engine, state, 8)
         if ahead_K is not None and ahead_K.max() > 200 and np.median(ahead_K) > 50:
-            return engine.act(turn_deg=45.0 * start_heading(ahead_K, mood, side, rng))
+            state = engine.act(turn_deg=45.0 * start_heading(ahead_K, mood, side, rng))
+            if state is not None and not dull(state):
+                return state
     return None
 
 
@@ -267,22 +270,25 @@ def _shrink(images: list[np.ndarray], size_hw: tuple[int, int], nearest: bool = 
     return np.stack([cv2.resize(image, size_hw[::-1], interpolation=how) for image in images])
 
 
-def near_wall(depth_FHW: np.ndarray) -> np.ndarray:
-    """(F,) bool: frames whose middle is on the median nearer than 1.5 m: a wall or a thing at arm's length."""
-    height, width = depth_FHW.shape[1:]
-    middle = depth_FHW[:, height // 3 : height * 2 // 3 : 2, width // 4 : width * 3 // 4 : 2]
-    return np.median(middle.reshape(len(middle), -1), axis=1) * DEPTH_STEP < 1.5 * UNITS_PER_METRE
+def metres(depth_HW: np.ndarray) -> np.ndarray:
+    """Planar depth in metres (float32) of the engine's 8-bit depth, good to about 0.2 m; 255 is 57 m or more.
+
+    The buffer starts one to two steps late, a little differently on walls and floors; 1.5 is the compromise.
+    """
+    return ((depth_HW + 1.5) * (DEPTH_STEP / UNITS_PER_METRE)).astype(np.float32)
 
 
-def worth_keeping(frames_FHWC: np.ndarray, depth_FHW: np.ndarray, seen: list[list[Any]]) -> bool:
-    """False for clips that are mostly near-blank, dark, a wall at arm's length or one creature's chest."""
-    grey_FHW = frames_FHWC[::4].mean(axis=-1)
-    blank = (grey_FHW.std(axis=(1, 2)) < 9) | (grey_FHW.mean(axis=(1, 2)) < 22)
-    walls = near_wall(depth_FHW[::4])
-    area = depth_FHW[0].size
-    crowded = [any(label.object_category == "Monster" and label.width * label.height > 0.3 * area for label in labels)
-               for labels in seen[::8]]
-    return blank.mean() < 0.15 and walls.mean() < 0.15 and float(np.mean(crowded)) < 0.2
+def dull(state: Any) -> bool:
+    """True for a view that is near-blank or dark, a wall at arm's length (1.5 m), or one creature's chest."""
+    depth_HW, grey_HW = state.depth_buffer, state.screen_buffer[::4, ::4].mean(axis=-1)
+    height, width = depth_HW.shape
+    middle = depth_HW[height // 3 : height * 2 // 3 : 2, width // 4 : width * 3 // 4 : 2]
+    near = np.median(middle) * DEPTH_STEP < 1.5 * UNITS_PER_METRE
+    crowded = any(
+        label.object_category == "Monster" and label.width * label.height > 0.3 * depth_HW.size
+        for label in state.labels
+    )
+    return bool(near or crowded or grey_HW.std() < 9 or grey_HW.mean() < 22)
 
 
 def describe(frames_FHWC: np.ndarray, depth_FHW: np.ndarray, seen: list[list[Any]], map_name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TICS_PER_SECOND = 35
-DEPTH_STEP = 7.1  # map units one step of the engine's 8-bit planar depth stands for
+DEPTH_STEP = 7.15  # map units one step of the engine's 8-bit planar depth stands for (walking at a wall)
 FX = 0.5  # 90 degrees of horizontal view, divided by the image width
 STEERED = ("walk", "straight", "arc", "glide")  # moods that walk forward and so must turn away from walls
 MOODS = {"walk": 0.30, "straight": 0.10, "arc": 0.14, "glide": 0.08, "look": 0.12, "sweep": 0.06,

@@ -93,7 +93,8 @@ def encode_video(frames_FHWC: np.ndarray, fps: float | Fraction, crf: int = 14) 
     with av.open(out, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        # x264's macroblock tree reads beyond small frames: with it, equal frames gave unequal files.
+        stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
         stream.codec_context.thread_count = 1
         for tag in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, tag, 6)  # SMPTE 170M, what swscale does when nothing is said

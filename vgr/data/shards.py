@@ -107,25 +107,25 @@ class ShardWriter:
         import webdataset
 
         name = f"shard-{len(self.shards):05d}.tar"
-        with atomic(self.folder / name) as file:
-            # Every field that could differ between two runs is fixed, so equal samples give equal files.
-            writer = webdataset.TarWriter(file, mtime=0, encoder=False, user="vgr", group="vgr")
+        buffer = io.BytesIO()
+        # Every field that could differ between two runs is fixed, so equal samples give equal files.
+        with webdataset.TarWriter(buffer, mtime=0, encoder=False, user="vgr", group="vgr") as writer:
             for sample in self._pending:
                 writer.write(sample)
-            writer.close()
-            size = file.tell()
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                where = {member.name: (member.offset_data, member.size) for member in tar}
+        buffer.seek(0)
+        with tarfile.open(fileobj=buffer, mode="r:") as tar:
+            where = {member.name: (member.offset_data, member.size) for member in tar}
+        data = buffer.getbuffer()
+        with atomic(self.folder / name) as file:
+            file.write(data)
         entries = []
         for sample in self._pending:
             key = sample["__key__"]
-            members = {suffix: [*where[f"{key}.{suffix}"], zlib.crc32(data)]
-                       for suffix, data in sample.items() if suffix != "__key__"}
+            members = {suffix: [*where[f"{key}.{suffix}"], zlib.crc32(content)]
+                       for suffix, content in sample.items() if suffix != "__key__"}
             entries.append({"key": key, "members": members})
-        shard = {"file": name, "bytes": size, "sha256": digest, "samples": entries}
+        digest = hashlib.sha256(data).hexdigest()
+        shard = {"file": name, "bytes": len(data), "sha256": digest, "samples": entries}
         _write_json(self._index_path(), {"head": self.head, **shard})
         self.shards.append(shard)
         self._pending = []

@@ -127,7 +127,7 @@ def bench(
             with progress(len(clips), "making videos") as done:
                 sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done)
     sets = {name: sets[name] for name in rows_.LABELS if name in sets}
-    total = len(keys) * (len(sets) + ("truth" in sets)) + (len(reference.keys) if reference else 0)
+    total = len(keys) * len(sets) + (len(reference.keys) if reference else 0)
     with progress(total, "measuring") as done:
         found, per_video = results.measure(protocol, sets, keys, frames, reference, done)
     found = {"format": 1, "title": title, **environment(), **found}

@@ -99,13 +99,13 @@ def world():
     return World()
 
 
-def shift_estimator(video, c2w, intrinsics):
+def shift_estimator(video, paths):
     """A stand-in for the pose estimator: the shift between neighbours by phase correlation."""
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY).astype(np.float32) for f in video]
     window = cv2.createHanningWindow((W, H), cv2.CV_32F)
     steps = [-cv2.phaseCorrelate(a, b, window)[0][0] / (FX * W) for a, b in zip(grey, grey[1:])]
-    error = np.degrees(np.abs(np.array(steps) - np.diff(yaw_of(c2w)))).mean()
-    return {"rot_step_mean_deg": float(error), "pose_coverage": 1.0}
+    errors = [np.degrees(np.abs(np.array(steps) - np.diff(yaw_of(c2w)))).mean() for c2w, _ in paths]
+    return [{"rot_step_imputed_deg": float(e), "pose_coverage": 1.0} for e in errors]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -155,22 +155,24 @@ def test_rows_values_and_provenance(finished, world):
 
 def test_the_estimator_is_checked_and_the_model_beats_its_controls(finished):
     _, found, _ = finished
-    check = found["checks"]["pose"]["rot_step_mean_deg"]
+    check = found["checks"]["pose"]["rot_step_imputed_deg"]
     assert check["passed"] and check["own_camera"]["high"] < check["other_camera"]["low"]
+    follows = found["swapped_follows"]["rot_step_imputed_deg"]
+    assert follows["high"] < found["rows"]["swapped"]["metrics"]["rot_step_imputed_deg"]["low"]
     better = {(c["metric"], c["control"]): c["better"] for c in found["comparisons"]}
-    assert better[("rot_step_mean_deg", "swapped")] and better[("rot_step_mean_deg", "frozen")]
+    assert better[("rot_step_imputed_deg", "swapped")] and better[("rot_step_imputed_deg", "frozen")]
     assert better[("psnr_db", "swapped")]
     assert set(found["checks"]["frame_order"]) == {"passed", "shuffled", "ordered", "null_bias"}
 
 
 def test_an_estimator_that_cannot_tell_gives_no_number(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "pose_values", lambda v, c, k: {"rot_step_mean_deg": float(v.mean())})
+    monkeypatch.setattr(measure, "pose_values", lambda v, p: [{"rot_step_imputed_deg": float(v.mean())}] * len(p))
     bench_.bench(PROTOCOL, tmp_path, generator=Turner(), shards=world)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["checks"]["pose"]["rot_step_mean_deg"]["passed"] is False
-    assert all("rot_step_mean_deg" not in row["metrics"] for row in found["rows"].values())
-    assert "does not tell" in found["unavailable"]["rot_step_mean_deg"]["why"]
-    assert not [c for c in found["comparisons"] if c["metric"] == "rot_step_mean_deg"]
+    assert found["checks"]["pose"]["rot_step_imputed_deg"]["passed"] is False
+    assert all("rot_step_imputed_deg" not in row["metrics"] for row in found["rows"].values())
+    assert "does not tell" in found["unavailable"]["rot_step_imputed_deg"]["why"]
+    assert not [c for c in found["comparisons"] if c["metric"] == "rot_step_imputed_deg"]
 
 
 def test_page_is_whole_escaped_and_offline(finished):
@@ -233,7 +235,7 @@ def test_videos_made_elsewhere_get_the_same_numbers(finished, foreign, world, tm
     bench_.bench(PROTOCOL, tmp_path / "out", videos=open_set(foreign), shards=world)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(found["rows"]) == ["truth", "model", "frozen"]
-    for metric in ("psnr_db", "ssim", "rot_step_mean_deg", "drift", "fd_clipstats48"):
+    for metric in ("psnr_db", "ssim", "rot_step_imputed_deg", "drift", "fd_clipstats48"):
         assert found["rows"]["model"]["metrics"][metric] == finished[1]["rows"]["model"]["metrics"][metric]
     assert "timings" in found["unavailable"]["frames_per_s"]["why"]
     assert sorted(p.name for p in foreign.iterdir()) == [f"{k}.mp4" for k in world.keys[:6]]  # nothing written there
@@ -244,8 +246,8 @@ def test_videos_alone_are_measured_as_far_as_possible(foreign, tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(found["rows"]) == ["model"] and found["rows"]["model"]["metrics"]["motion_level"]["value"] > 0
     missing = found["unavailable"]
-    assert {"psnr_db", "ssim", "drift", "fd_clipstats48", "rot_step_mean_deg", "fvd", "frames_per_s"} <= set(missing)
-    assert "cameras" in missing["rot_step_mean_deg"]["why"] and page.is_file()
+    assert {"psnr_db", "ssim", "drift", "fd_clipstats48", "rot_step_imputed_deg", "fvd", "frames_per_s"} <= set(missing)
+    assert "cameras" in missing["rot_step_imputed_deg"]["why"] and page.is_file()
 
 
 def test_wrong_input_is_one_clear_line(foreign, world, tmp_path):

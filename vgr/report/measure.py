@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from vgr.metrics.statistics import Interval, mean_interval, paired_difference
 from vgr.report.sets import VideoSet
 
 Array = NDArray[np.float64]
+Path = tuple[Array, Array]  # c2w (F,4,4) and intrinsics (F,4)
 FD, MMD = f"fd_{features.NAME}", f"mmd_{features.NAME}"
 
 
@@ -34,9 +36,13 @@ METRICS = {
     "psnr_db": Metric("PSNR", "dB", "higher"),
     "ssim": Metric("SSIM", "", "higher"),
     "lpips_alex": Metric("LPIPS", "", "lower"),
-    "rot_step_mean_deg": Metric("Rotation error", "°/frame", "lower"),
-    "heading_mean_deg": Metric("Heading error", "°", "lower"),
+    "rot_step_imputed_deg": Metric("Rotation error", "°/frame", "lower"),
+    "heading_imputed_deg": Metric("Heading error", "°", "lower"),
+    "yaw_correlation": Metric("Yaw correlation", "", "higher"),
     "pose_coverage": Metric("Pose coverage", "", "higher"),
+    "rot_step_mean_deg": Metric("Rotation error, reliable steps", "°/frame", "lower", False),
+    "heading_mean_deg": Metric("Heading error, reliable steps", "°", "lower", False),
+    "rot_gain": Metric("Rotation gain", "", "", False),
     FD: Metric("Fréchet distance, clipstats48", "", "lower"),
     MMD: Metric("MMD², clipstats48", "", "lower", False),
     "drift": Metric("Drift", "sd", "lower"),
@@ -52,12 +58,13 @@ METRICS = {
     "realtime_factor": Metric("Video seconds a second", "", "higher", False),
     "other_share": Metric("Time in neither stage", "", "", False),
 }
-POSE = {
-    "rot_step_mean_deg": "rot_step_mean_deg",
-    "heading_mean_deg": "heading_mean_deg",
-    "coverage": "pose_coverage",
+# Steps the estimator cannot read count as no motion in the main numbers: a model that breaks it gains nothing.
+# Each main error with what stands and falls with it.
+POSE_ERRORS = {
+    "rot_step_imputed_deg": {"rot_step_imputed_deg", "rot_step_mean_deg", "yaw_correlation", "rot_gain"},
+    "heading_imputed_deg": {"heading_imputed_deg", "heading_mean_deg"},
 }
-POSE_ERRORS = ("rot_step_mean_deg", "heading_mean_deg")
+POSE = {name: name for names in POSE_ERRORS.values() for name in names} | {"coverage": "pose_coverage"}
 CURVES = ("lightness", "sharpness", "contrast", "motion")
 
 
@@ -77,7 +84,8 @@ def measure_set(
     settings: dict[str, Any],
     *,
     truth: VideoSet | None = None,
-    cameras: Callable[[str], tuple[Array, Array] | None] | None = None,
+    cameras: Mapping[str, Path | None] = MappingProxyType({}),
+    other_cameras: Mapping[str, Path | None] = MappingProxyType({}),
     done: Callable[[int], None] = lambda n: None,
     threads: int = 2,
 ) -> list[Measured]:
@@ -103,8 +111,9 @@ def measure_set(
             values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
             if lpips:
                 values["lpips_alex"] = float(lpips(video[1::4], true[1::4]).mean())
-        if cameras is not None and (path := cameras(key)) is not None:
-            values.update(pose_values(video, *path))
+        paths = [p for p in (cameras.get(key), other_cameras.get(key)) if p is not None]
+        for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
+            values.update({prefix + k: v for k, v in scores.items()})
         trend = None
         if (len(video) - 1) / fps >= 3 * settings["drift"]["window_s"]:
             trend = drift_.measure_drift(video[1:], fps, settings["drift"]["window_s"])
@@ -119,42 +128,23 @@ def measure_set(
         return list(pool.map(one, keys))
 
 
-def pose_only(
-    videos: VideoSet,
-    keys: Sequence[str],
-    frames: int,
-    *,
-    cameras: Callable[[str], tuple[Array, Array] | None],
-    done: Callable[[int], None] = lambda n: None,
-) -> list[Measured]:
-    """Camera errors alone, against any cameras."""
+def pose_values(video: NDArray[np.uint8], paths: Sequence[Path]) -> list[dict[str, float]]:
+    """The camera errors of one video against each (c2w, intrinsics); the flow is read once, with the first's."""
+    from vgr.metrics.egomotion import flow_rotation, score_motion
 
-    def one(key: str) -> Measured:
-        path = cameras(key)
-        values = pose_values(videos.video(key, frames)[0], *path) if path is not None else {}
-        done(1)
-        return Measured(key, values, None, np.empty((0, features.SIZE)))
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, keys))
+    found = flow_rotation(video, paths[0][1])
+    scores = [score_motion(found, c2w) for c2w, _ in paths]
+    return [{ours: float(score[theirs]) for theirs, ours in POSE.items()} for score in scores]
 
 
-def pose_values(video: NDArray[np.uint8], c2w: Array, intrinsics: Array) -> dict[str, float]:
-    from vgr.metrics.camera_pose import flow_pose_score
-
-    score = flow_pose_score(video, c2w, intrinsics)
-    return {ours: float(score[theirs]) for theirs, ours in POSE.items() if score.get(theirs) is not None}
-
-
-def check_pose_estimator(own: list[Measured], swapped: list[Measured]) -> dict[str, dict[str, Any]]:
-    """Does the estimator tell the true video's own camera from another clip's? By metric, before a model is
-    judged.
+def check_pose_estimator(truth: list[Measured]) -> dict[str, dict[str, Any]]:
+    """Does the estimator tell the true video's own camera from another clip's? By metric, before a model is judged.
 
     Passed if the 95 % interval of the paired difference of errors (another's minus own) lies above zero.
     """
     checks = {}
     for metric in POSE_ERRORS:
-        right, wrong = column(own, metric), column(swapped, metric)
+        right, wrong = column(truth, metric), column(truth, f"other_{metric}")
         difference = paired_difference(wrong, right)
         checks[metric] = {
             "passed": bool(difference.low > 0),
@@ -222,6 +212,12 @@ def compare(rows: dict[str, list[Measured]], row: str, controls: Sequence[str], 
             gain = difference.low > 0 if METRICS[metric].better == "higher" else difference.high < 0
             out.append({"row": row, "control": control, "metric": metric, "better": bool(gain), **cell(difference)})
     return out
+
+
+def follows_given(swapped: list[Measured], skip: set[str]) -> dict[str, Any]:
+    """Camera errors of the swapped row against the path it was given: low where the model listens."""
+    columns = {metric: column(swapped, f"other_{metric}") for metric in POSE_ERRORS if metric not in skip}
+    return {metric: cell(mean_interval(x)) for metric, x in columns.items() if np.isfinite(x).any()}
 
 
 def curves(rows: dict[str, list[Measured]]) -> dict[str, Any]:

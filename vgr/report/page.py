@@ -142,7 +142,7 @@ def _head(run_dir: Path | None, results: dict[str, Any] | None, history: list[di
 def _tiles(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
     rows, tiles = results["rows"], []
     model = rows["model"]["metrics"]
-    for name in ("rot_step_mean_deg", "psnr_db"):
+    for name in ("rot_step_imputed_deg", "psnr_db"):
         if name in model:
             other = rows.get("swapped", rows.get("frozen", {"metrics": {}}))
             versus = figure(other["metrics"].get(name))
@@ -181,6 +181,14 @@ def _verdicts(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
             + ("" if c["passed"] else " It cannot tell them apart, so the model has no such number.")
         )
         lines.append((c["passed"], text))
+    if c := results["swapped_follows"].get("rot_step_imputed_deg"):
+        own = results["rows"]["swapped"]["metrics"].get("rot_step_imputed_deg")
+        ok = bool(own and own["low"] and c["high"] and c["high"] < own["low"])
+        text = (
+            f"Sent along another clip’s path the model is {figure(c)} °/frame ({interval(c)}) off that path and "
+            f"{figure(own)} ({interval(own)}) off the clip’s own."
+        )
+        lines.append((ok, text))
     if c := checks.get("frame_order"):
         text = (
             f"Fréchet distance and time: true videos lie {c['ordered']:.2f} from the reference, the same with "

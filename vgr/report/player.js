@@ -12,7 +12,7 @@
     slider.value = now / duration;
     out.textContent = `${now.toFixed(1)} / ${duration.toFixed(1)} s`;
     for (const [dot, path] of dots) {
-      const [x, y, angle] = path[Math.min(path.length - 1, Math.floor(now * fps))];
+      const [x, y, angle] = path[Math.max(0, Math.min(path.length - 1, Math.floor(now * fps)))];
       dot.setAttribute("transform", `translate(${x} ${y}) rotate(${angle})`);
     }
   };
@@ -21,7 +21,7 @@
   const pause = () => { playing = false; button.textContent = "Play"; videos.forEach(v => v.pause()); seek(); };
   const step = time => {
     if (!playing) return;
-    now += (time - last) / 1000; last = time;
+    now += Math.max(0, time - last) / 1000; last = time;  // a frame's time may lie before the click
     if (now >= duration) { now = 0; seek(); }
     for (const v of videos) {
       if (!visible(v)) { v.pause(); continue; }

@@ -47,22 +47,29 @@ def measure(
     source = truth or sets["model"]
     paths = {k: source.cameras(k, frames) for k in keys}
     unavailable = {k: {"why": why, "get": get} for k, (why, get) in _GET.items()}
+    half = len(keys) // 2
+    other = dict(zip(keys, [paths[k] for k in keys[half:] + keys[:half]]))  # as rows.make_rows turns them
     measured, checks = {}, {}
     if truth is not None:
-        half = len(keys) // 2
-        other = dict(zip(keys, [paths[k] for k in keys[half:] + keys[:half]]))
-        measured["truth"] = m.measure_set(truth, keys, frames, protocol, cameras=paths.get, done=done)
-        against_other = m.pose_only(truth, keys, frames, cameras=other.get, done=done)
-        checks["pose"] = m.check_pose_estimator(measured["truth"], against_other)
-    failed = {metric for metric, check in checks.get("pose", {}).items() if not check["passed"]}
-    for metric in failed:
-        unavailable[metric] = {
-            "why": "on these true videos the estimator does not tell a clip's own camera from another's",
-            "get": "larger or sharper videos, more motion, or more clips",
-        }
+        measured["truth"] = m.measure_set(truth, keys, frames, protocol, cameras=paths, other_cameras=other, done=done)
+        checks["pose"] = m.check_pose_estimator(measured["truth"])
+    failed = set()
+    for metric, check in checks.get("pose", {}).items():
+        if not check["passed"]:
+            failed |= m.POSE_ERRORS[metric]
+            nothing = check["difference"]["count"] == 0
+            unavailable[metric] = {
+                "why": "nothing in these clips shows it"
+                if nothing
+                else "on these true videos the estimator does not tell a clip's own camera from another's",
+                "get": "larger or sharper videos, more motion, or more clips",
+            }
     for row, videos in sets.items():
         if row != "truth":
-            measured[row] = m.measure_set(videos, keys, frames, protocol, truth=truth, cameras=paths.get, done=done)
+            given = other if row == "swapped" else {}
+            measured[row] = m.measure_set(
+                videos, keys, frames, protocol, truth=truth, cameras=paths, other_cameras=given, done=done
+            )
     known = None
     if reference is not None:
         known = m.measure_set(reference, reference.keys, frames, protocol, done=done)
@@ -86,6 +93,7 @@ def measure(
         "memory": info.get("memory", {}),
         "metrics": {k: {**x._asdict(), "settings": _settings(k, protocol, frames)} for k, x in m.METRICS.items()},
         "rows": {r: {"label": LABELS[r][0], "note": LABELS[r][1], "metrics": rows[r]} for r in measured},
+        "swapped_follows": m.follows_given(measured.get("swapped", []), failed),
         "comparisons": m.compare(measured, "model", controls, failed),
         "checks": checks,
         "curves": m.curves(measured),
@@ -120,7 +128,7 @@ def _missing(
     if reference is None:
         say((m.FD, m.MMD), "too few true clips beside those measured", "give data= with half as many further clips")
     if not any(paths.values()):
-        say(("rot_step_mean_deg", "heading_mean_deg", "pose_coverage"), "no cameras", "add <key>.cameras.npz")
+        say((*m.POSE_ERRORS, "pose_coverage"), "no cameras", "add <key>.cameras.npz")
     if "timings" not in info:
         say(("frames_per_s", "first_frame_s"), "set.json has no timings", "add timings, see vgr/report/sets.py")
     if "drift" not in cells:

@@ -124,8 +124,8 @@ class DualAttention(nn.Module):
 
     def _to_rays(self, x: Tensor, matrix: Tensor, table: Tensor) -> Tensor:
         """First half of each head by 4x4 groups, second half rotary (spec 4.2); x (B,T,S,N,K)."""
-        half = self.head_dim // 2
-        return torch.cat([transform_groups(x[..., :half], matrix), rotate(x[..., half:], table)], dim=-1)
+        geometric, rotary = x.chunk(2, dim=-1)  # not slices: the backward of a chunk is one concatenation
+        return torch.cat([transform_groups(geometric, matrix), rotate(rotary, table)], dim=-1)
 
     def _camera_qkv(self, q: Tensor, k: Tensor, v: Tensor, camera: CameraFrames) -> tuple[Tensor, Tensor, Tensor]:
         moved = [
@@ -157,14 +157,15 @@ class DualAttention(nn.Module):
         g, a = frame_summaries(k_rot, v, beta_main, decay)
         norm_state = bidirectional_states(*frame_summaries(k, None, beta_main, decay))
         if cam is None or camera is None:
-            main = q_rot @ bidirectional_states(g, a) / (q @ norm_state + 1e-8)
+            main = q_rot @ bidirectional_states(g, a) * (q @ norm_state + 1e-8).reciprocal()
             return _per_token(main, self.heads), None
         q_cam, k_cam, v_cam = cam
         q_cam = self._heads(F.relu(self.q_norm_cam(q_cam)))
         k_cam = self._heads(F.relu(self.k_norm_cam(self._temporal(k_cam, self.conv_k_cam)) * key_scale))
         q_ray, k_ray, v_ray = self._camera_qkv(q_cam, k_cam, self._heads(v_cam), camera)
         # Translations may lengthen keys; beta is discounted so that the update stays a contraction.
-        growth = k_ray.square().sum(-1).clamp_min(1e-12) / k_cam.square().sum(-1).clamp_min(1e-12)
+        new, old = (torch.linalg.vector_norm(x, dim=-1).square().clamp_min(1e-12) for x in (k_ray, k_cam))
+        growth = new / old
         beta_cam = beta / growth.mean(2, keepdim=True).clamp_min(1.0).unsqueeze(-1)
         g_cam, a_cam = frame_summaries(
             _per_frame(k_ray), _per_frame(v_ray), _per_frame(beta_cam).squeeze(-1), decay
@@ -172,7 +173,7 @@ class DualAttention(nn.Module):
         # Main and camera states have one shape, so one scan carries both.
         states = bidirectional_states(torch.cat([g, g_cam], dim=1), torch.cat([a, a_cam], dim=1))
         state, state_cam = states.chunk(2, dim=1)
-        main = q_rot @ state / (q @ norm_state + 1e-8)
+        main = q_rot @ state * (q @ norm_state + 1e-8).reciprocal()
         extra = _per_token(_per_frame(q_ray) @ state_cam, self.heads)
         extra = self._to_rays(self._heads(extra), camera.matrix, camera.table.conj())
         return _per_token(main, self.heads), extra.flatten(3)

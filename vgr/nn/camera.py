@@ -63,6 +63,7 @@ def transform_groups(x: Tensor, matrix: Tensor) -> Tensor:
 
 def limit_rms(transformed: Tensor, original: Tensor) -> Tensor:
     """Shrink each token's head so that its channel RMS does not exceed the original's (spec 4.2, renormalisation)."""
-    before = (original.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    after = (transformed.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    return transformed * (before / after).clamp(max=1.0)
+    before, after = (
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6 for x in (original, transformed)
+    )
+    return transformed * (before / after).sqrt().clamp(max=1.0)

@@ -11,34 +11,47 @@ import torch
 from torch import Tensor
 
 
-class _AffineScan(torch.autograd.Function):
-    """M_t = G_t M_{t-1} + A_t for t = 0..T-1, M_{-1} = 0; G (T,X,K,K), A (T,X,K,E). The backward is a scan too."""
+class _BidirectionalStates(torch.autograd.Function):
+    """Forward-inclusive plus reverse-exclusive states of M -> G_t M + A_t; the backward is two scans as well."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, g: Tensor, a: Tensor) -> Tensor:
-        states = torch.empty_like(a)
-        states[0] = a[0]
-        for t in range(1, a.shape[0]):
-            torch.baddbmm(a[t], g[t], states[t - 1], out=states[t])
-        ctx.save_for_backward(g, states)
-        return states
+        ahead, behind = torch.empty_like(a), torch.empty_like(a)
+        frames = a.shape[0]
+        ahead[0], behind[-1] = a[0], 0.0
+        for t in range(1, frames):
+            torch.baddbmm(a[t], g[t], ahead[t - 1], out=ahead[t])
+            u = frames - t
+            torch.baddbmm(a[u], g[u], behind[u], out=behind[u - 1])
+        ctx.save_for_backward(g, ahead, behind)
+        return ahead + behind
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        g, states = ctx.saved_tensors
-        grad_a = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        grad_a[-1] = grad[-1]
-        for t in range(grad.shape[0] - 2, -1, -1):
-            torch.baddbmm(grad[t], g[t + 1].mT, grad_a[t + 1], out=grad_a[t])
+        g, ahead, behind = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_ahead, to_behind = torch.empty_like(grad), torch.empty_like(grad)
+        frames = grad.shape[0]
+        to_ahead[-1], to_behind[0] = grad[-1], grad[0]
+        for t in range(1, frames):
+            u = frames - 1 - t
+            torch.baddbmm(grad[u], g[u + 1].mT, to_ahead[u + 1], out=to_ahead[u])
+            torch.baddbmm(grad[t], g[t].mT, to_behind[t - 1], out=to_behind[t])
         grad_g = torch.zeros_like(g)
-        if g.shape[0] > 1:
-            torch.matmul(grad_a[1:], states[:-1].mT, out=grad_g[1:])
-        return grad_g, grad_a
+        if frames > 1:
+            torch.matmul(to_ahead[1:], ahead[:-1].mT, out=grad_g[1:])
+            grad_g[1:] += to_behind[:-1] @ behind[1:].mT
+            to_ahead[1:] += to_behind[:-1]
+        return grad_g, to_ahead
 
 
-def affine_scan(g: Tensor, a: Tensor) -> Tensor:
-    """All states of M_t = G_t M_{t-1} + A_t, M_{-1} = 0: G (T,X,K,K), A (T,X,K,E) to (T,X,K,E)."""
-    return _AffineScan.apply(g, a)
+def bidirectional_states(g: Tensor, a: Tensor) -> Tensor:
+    """What every frame reads: states of frames <= t scanned forward plus of frames > t scanned backward (spec 3.4).
+
+    G (T,X,K,K), A (T,X,K,E) to (T,X,K,E). Forward F_t = G_t F_{t-1} + A_t; reverse R_{T-1} = 0,
+    R_t = G_{t+1} R_{t+1} + A_{t+1}. Both directions share gates and summaries.
+    """
+    return _BidirectionalStates.apply(g, a)
 
 
 def frame_summaries(k: Tensor, v: Tensor | None, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,21 +65,6 @@ def frame_summaries(k: Tensor, v: Tensor | None, beta: Tensor, decay: Tensor) ->
     g = decay[..., None, None] * (eye - weighted @ k)
     a = weighted.sum(-1, keepdim=True) if v is None else weighted @ v
     return g, a
-
-
-def bidirectional_states(g: Tensor, a: Tensor) -> Tensor:
-    """Forward-inclusive plus reverse-exclusive states of every frame (spec 3.4), from one stacked scan.
-
-    Reverse: R_{T-1} = 0, R_t = G_{t+1} R_{t+1} + A_{t+1}. Both directions share gates and summaries.
-    """
-    frames, width = g.shape[:2]
-    both = affine_scan(torch.cat([g, g.flip(0)], dim=1), torch.cat([a, a.flip(0)], dim=1))
-    forward, flipped = both[:, :width], both[:, width:]
-    if frames == 1:
-        return forward
-    # flipped[j] has consumed frames T-1 .. T-1-j; frame t may see T-1 .. t+1, which is flipped[T-2-t].
-    reverse = flipped[:-1].flip(0)
-    return torch.cat([forward[:-1] + reverse, forward[-1:]])
 
 
 def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:

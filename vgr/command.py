@@ -118,18 +118,22 @@ NOT_RESULTS = (
 
 def changes_results(key: str) -> bool:
     """False for settings and groups of NOT_RESULTS and whatever lies below them."""
-    return not any(
-        key == name or key.startswith((f"{name}.", f"{name}@", f"{name}/")) for name in NOT_RESULTS
-    )
+    return not any(key == name or key.startswith((f"{name}.", f"{name}@", f"{name}/")) for name in NOT_RESULTS)
 
 
 def run_folder(runs: str, experiment: str | None, overrides: Iterable[str], seed: int) -> Path:
     """runs/<experiment>[--<overrides that change results>]/seed<k>; a command always finds its own folder."""
-    named = [(o.split("=", 1)[0].lstrip("+~"), o) for o in overrides]
-    told = ",".join(sorted(o for k, o in named if changes_results(k) and k not in ("seed", "experiments")))
-    clean = re.sub(r"[^\w.,=+-]", "_", told)
-    if clean != told or len(clean) > 100:  # characters were lost: a digest keeps two arms apart
-        clean = f"{clean[:80]}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    told = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~").split("@")[0]
+        if changes_results(key) and key not in ("seed", "experiments"):
+            told.append((key, value))
+    # No "=" or ",": the folder's name can be given as a value, checkpoint=..., without quotes.
+    full = "+".join(f"{key}-{value}" for key, value in sorted(told))
+    clean = re.sub(r"[^\w.+-]", "_", full)
+    if clean != full or full.count("+") >= len(told) > 0 or len(clean) > 100:
+        clean = f"{clean[:80]}-{hashlib.sha256(repr(sorted(told)).encode()).hexdigest()[:8]}"
     name = experiment or "default"
     return Path(runs) / (f"{name}--{clean}" if told else name) / f"seed{seed}"
 

@@ -60,10 +60,11 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     if checkpoint is not None:
         checkpoints.verify(checkpoint)
         refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)
+    settings = trainer_settings(cfg)
     module, data, codec = build(cfg)
     if cfg.init_from is not None and checkpoint is None:
         load_initial(module, Path(cfg.init_from))
-    trainer, steps, batches = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
+    trainer, steps, batches = prepare_run(cfg, config, settings, run_dir, module, data, codec, checkpoint)
     try:
         fit(trainer, steps, module, data, checkpoint)
         if steps.signal is not None:
@@ -153,6 +154,7 @@ def load_initial(module: WorldModelTraining, path: Path) -> None:
 def prepare_run(
     cfg: DictConfig,
     config: dict[str, Any],
+    settings: dict[str, Any],
     run_dir: Path,
     module: WorldModelTraining,
     data: pl.LightningDataModule,
@@ -160,11 +162,14 @@ def prepare_run(
     checkpoint: Path | None,
 ) -> tuple[pl.Trainer, callbacks.EveryStep, list[VideoBatch]]:
     """The trainer with its loggers and the actions between steps; the run folder is made and rewound."""
+    from hydra.utils import instantiate
+
     from vgr.training import callbacks, checkpoints, tracking
 
     state = {"samples_seen": 0, "time_s": 0.0} if checkpoint is None else checkpoints.read_state(checkpoint)
     module.samples_seen = state["samples_seen"]
     batches = data.val_batches(cfg.data.micro_batch)
+    generator = generator_record(cfg, module, codec, batches[0])
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints.write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     metrics = tracking.JsonlLogger(run_dir / "metrics.jsonl", state["time_s"])
@@ -177,11 +182,8 @@ def prepare_run(
     metrics.rewind(keep)
     loggers: list[Any] = [metrics]
     if cfg.logger is not None and cfg.logger.get("_target_"):
-        from hydra.utils import instantiate
-
         loggers.append(instantiate(cfg.logger))
         loggers[-1].open(run_dir, config)
-    generator = generator_record(cfg, module, codec, batches[0])
     save = callbacks.SaveEvery(cfg.every.save, run_dir / "checkpoints", config, generator, metrics, cfg.keep)
     validation = callbacks.ValidateEvery(cfg.every.validate, batches)
     actions: list[callbacks.Action] = [callbacks.LogEvery(cfg.every.log), validation]
@@ -189,41 +191,43 @@ def prepare_run(
         write = sample_writer(cfg, codec, batches[0])
         actions.append(callbacks.SampleEvery(cfg.every.sample, run_dir / "samples", write))
     steps = callbacks.EveryStep([*actions, callbacks.Progress()], save, checkpoint)
-    return make_trainer(cfg, loggers, steps, run_dir), steps, batches
-
-
-def make_trainer(cfg: DictConfig, loggers: list[Any], steps: callbacks.EveryStep, run_dir: Path) -> pl.Trainer:
-    """The Lightning trainer; `precision: auto` is bf16-mixed on a GPU that has it. Raises ValueError."""
-    import logging
-
-    import torch
-    from hydra.utils import instantiate
-
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not on_gpu:
-        raise ValueError(f"trainer.accelerator={cfg.trainer.accelerator}, but torch finds no GPU: use trainer=cpu")
-    precision = cfg.trainer.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-    build_trainer = instantiate(cfg.trainer, _partial_=True, precision=precision)
-    world = int(cfg.trainer.devices) * int(cfg.trainer.num_nodes)
-    batch, micro = cfg.training.global_batch, cfg.data.micro_batch
-    if batch % (micro * world):
-        raise ValueError(
-            f"training.global_batch={batch} is not a multiple of data.micro_batch={micro} x {world} devices"
-        )
-    return build_trainer(
+    trainer = instantiate(
+        settings,
         logger=loggers,
         callbacks=[steps],
         max_epochs=1,
-        accumulate_grad_batches=batch // (micro * world),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=str(run_dir),
     )
+    return trainer, steps, batches
+
+
+def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
+    """cfg.trainer with accumulation, and with `precision: auto` as bf16-mixed on a GPU that has it, else fp32.
+
+    Raises ValueError for a GPU that is not there and for batches that do not divide.
+    """
+    import logging
+
+    import torch
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    settings = OmegaConf.to_container(cfg.trainer, resolve=True)
+    on_gpu = settings["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if settings["accelerator"] in ("gpu", "cuda") and not on_gpu:
+        raise ValueError(f"trainer.accelerator={settings['accelerator']}, but torch finds no GPU: use trainer=cpu")
+    if settings["precision"] == "auto":
+        settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    world = settings["devices"] * settings["num_nodes"]
+    batch, micro = cfg.training.global_batch, cfg.data.micro_batch
+    if micro < 1 or batch % (micro * world):
+        raise ValueError(
+            f"training.global_batch={batch} is not a multiple of data.micro_batch={micro} x {world} devices"
+        )
+    return {**settings, "accumulate_grad_batches": batch // (micro * world)}
 
 
 def fit(

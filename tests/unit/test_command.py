@@ -86,8 +86,10 @@ def test_run_folder_depends_on_what_changes_results():
     assert plain == "runs/study/arm/seed1" == folder("logger=wandb", "resume=null", "data.micro_batch=2")
     assert folder("seed=4", seed=4) == "runs/study/arm/seed4"
     assert folder("training.lr=1", "model.width=2") == folder("model.width=2", "training.lr=1")
-    assert folder("model.width=2") == "runs/study/arm--model.width=2/seed1"
+    assert folder("model.width=2") == "runs/study/arm--model.width-2/seed1"
     assert folder("init_from=a/b") != folder("init_from=a_b")
+    assert folder("model.width=2", "+text.heads=4") != folder("model.width=2+text.heads-4")
+    assert not set("=,") & set(folder("model.width=2", "training.betas=[0.9,0.99]", "training.lr=1e-3"))
     many = [folder(f"model.{'x' * 150}={i}") for i in range(3)]
     assert len(set(many)) == 3 and all(len(m) < 150 for m in many)
 

@@ -57,6 +57,7 @@ class EveryStep(pl.Callback):
         self.actions, self.save, self.checkpoint = [*actions, save], save, checkpoint
         self.signal: int | None = None
         self._seen = -1
+        self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: WorldModelTraining) -> None:
         self._seen = module.samples_seen
@@ -65,7 +66,12 @@ class EveryStep(pl.Callback):
             checkpoints.restore(self.checkpoint, module.weights(), module.ema_weights(), module, optimizer)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._on_signal)
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def teardown(self, trainer: pl.Trainer, module: WorldModelTraining, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self.signal = number

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -123,7 +124,7 @@ class WandbLogger(Logger):
             self.mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
-            write_atomic(id_file, wandb.util.generate_id())
+            write_atomic(id_file, uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=self.project,
             entity=self.entity,

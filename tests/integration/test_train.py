@@ -1,0 +1,140 @@
+"""vgr-train on a really tiny problem: the loss falls, the camera matters, mistakes are one clear line."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from small_training import make_project, metrics, train
+
+from vgr.training import checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = make_project(tmp_path_factory.mktemp("train"))
+    done = train(folder, "training.max_samples=480", "every.sample=240", "logger=wandb", "logger.mode=offline")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, folder / "runs/mini--training.max_samples-480/seed1", done
+
+
+def test_the_loss_falls_and_the_camera_is_followed(trained):
+    _, run, done = trained
+    losses = [line["train/loss"] for line in metrics(run) if "train/loss" in line]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    result = json.loads((run / "validation.json").read_text())
+    summary = result["summary"]
+    assert summary["val/clips"] == len(result["clips"]) == 8
+    assert summary["val/camera_gain_low"] > 0
+    gains = [sum(c["loss_shuffled_camera"]) / 5 - sum(c["loss"]) / 5 for c in result["clips"]]
+    assert summary["val/camera_gain"] == pytest.approx(sum(gains) / 8)
+    half = 1.96 * float(torch.tensor(gains, dtype=torch.float64).std()) / 8**0.5
+    assert summary["val/camera_gain_high"] - summary["val/camera_gain"] == pytest.approx(half)
+    assert "480/480 samples" in done.stderr and str(run.relative_to(run.parents[2])) in done.stdout
+
+
+def test_the_run_folder_is_complete(trained):
+    _, run, _ = trained
+    checkpoint = checkpoints.latest(run / "checkpoints")
+    checkpoints.verify(checkpoint)
+    record = checkpoints.read_generator(checkpoint)
+    assert record["max_frames"] == 17 and record["size_hw"] == [32, 32] and record["fps"] == 8.0
+    state = checkpoints.read_state(checkpoint)
+    assert state["samples_seen"] == 480 and state["step"] == 60
+    assert (run / "config.yaml").is_file() and (run / "wandb_id").is_file()
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["00000240.mp4", "00000480.mp4"]
+    lines = metrics(run)
+    assert [x["samples_seen"] for x in lines if "train/loss" in x] == list(range(8, 481, 8))
+    assert {"val/loss", "val/loss_t0.2", "val/loss_shuffled_camera", "val/camera_gain"} <= set(lines[-1])
+
+
+def test_the_average_differs_from_the_weights_and_is_what_validation_sees(trained):
+    _, run, _ = trained
+    checkpoint = checkpoints.latest(run / "checkpoints")
+    ema, weights = checkpoints.read_weights(checkpoint, "ema"), checkpoints.read_weights(checkpoint, "weights")
+    assert ema.keys() == weights.keys() and {k.split(".")[0] for k in ema} == {"model", "text"}
+    assert not torch.equal(ema["model.final_linear.weight"], weights["model.final_linear.weight"])
+
+
+def test_run_again_it_says_where_things_are(trained):
+    folder, run, _ = trained
+    before = (run / "metrics.jsonl").read_text()
+    done = train(folder, "training.max_samples=480", "every.sample=240")
+    assert done.returncode == 0 and "validation.json" in done.stdout
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_weights_only_from_another_run(trained):
+    folder, run, _ = trained
+    done = train(folder, "training.max_samples=8", f"init_from={run.relative_to(folder)}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = next(p for p in (folder / "runs").iterdir() if "init_from" in p.name) / "seed1"
+    assert metrics(first)[0]["train/loss"] < 0.5 * metrics(run)[0]["train/loss"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["training.max_samples=480", "training.lr=1", "runs=copy"], "training.lr (was 0.003, is 1)"),
+        (["codec.luma=[3]", "model.in_channels=9"], "codec"),
+        (["data.train=nowhere"], "vgr-prepare"),
+        (["model.in_channels=12"], "model.in_channels=12"),
+        (["data.micro_batch=3"], "data.micro_batch=3"),
+        (["+model.widht=8"], "did you mean `width`"),
+        (["resume=nowhere"], "nowhere"),
+        (["training.schedule=linear"], "training.schedule=linear"),
+        (["trainer=gpu"], "trainer=cpu"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(trained, arguments, message, monkeypatch):
+    folder, run, _ = trained
+    if "runs=copy" in arguments:  # the same folder with another learning rate, as after an edit of the preset
+        target = folder / "copy/mini--training.lr-1+training.max_samples-480/seed1"
+        shutil.copytree(run, target, dirs_exist_ok=True)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = train(folder, *arguments)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_poisoned_sample_stops_the_run_by_name(tmp_path):
+    folder = make_project(tmp_path, poison={17})
+    done = train(folder, "every.save=8")
+    assert done.returncode == 3
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("vgr-train: error: training stopped at step") and "train17" in last and "latents" in last
+    good = checkpoints.latest(folder / "runs/mini/seed1/checkpoints")
+    if good is not None:
+        checkpoints.verify(good)
+        assert good.name in last
+        assert all(v.isfinite().all() for v in checkpoints.read_weights(good, "weights").values())
+
+
+def test_a_wide_gradient_names_its_parameter():
+    """A loss that is finite with a gradient that is not, and a module that makes the first NaN."""
+    from types import SimpleNamespace
+
+    from vgr.models.codec import WaveletCodec
+    from vgr.training.world_model import WorldModelTraining
+
+    module = WorldModelTraining(
+        torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), WaveletCodec(), seed=1, global_batch=4, max_samples=8
+    )
+    for p in (*module.model.parameters(), *module.text.parameters()):
+        p.grad = torch.zeros_like(p)
+    module.text.bias.grad[0] = float("inf")
+    batch = SimpleNamespace(keys=("a", "b"))
+    module._pending = [(batch, torch.zeros(2))]
+    with pytest.raises(FloatingPointError, match=r"step 1 .*samples a, b; .* gradient of text\.bias \(1 parameters\)"):
+        module.configure_gradient_clipping(None)
+
+
+def test_without_wandb_the_line_says_so(trained, monkeypatch):
+    folder, _, _ = trained
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = train(folder, "training.max_samples=16", "logger=wandb")
+    assert done.returncode == 2 and "logger=wandb needs the wandb package" in done.stderr
+    assert train(folder, "training.max_samples=16").returncode == 0

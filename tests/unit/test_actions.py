@@ -64,7 +64,7 @@ def test_pitch_limit_and_horizontal_translation():
     up = from_actions("i-200")
     assert angles_deg(up[-1])[1] == pytest.approx(60.0)
     walked = from_actions("i-200,w-20,dw-20").numpy()
-    np.testing.assert_array_equal(walked[:, 1, 3], 0), "looking up, one still walks on the ground"
+    np.testing.assert_array_equal(walked[:, 1, 3], 0)  # looking up, one still walks on the ground
     np.testing.assert_allclose(np.linalg.norm(np.diff(walked[201:, :3, 3], axis=0), axis=1), 0.025)
     first = from_actions("i-200", "sana-wm-1")
     assert angles_deg(first[-1])[1] == pytest.approx(70 * 1.2), "70 steps fit below 85 degrees, the 71st is dropped"

@@ -163,6 +163,7 @@ def prepare_run(
 ) -> tuple[pl.Trainer, callbacks.EveryStep, list[VideoBatch]]:
     """The trainer with its loggers and the actions between steps; the run folder is made and rewound."""
     from hydra.utils import instantiate
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
     from vgr.training import callbacks, checkpoints, tracking
 
@@ -171,7 +172,7 @@ def prepare_run(
     batches = data.val_batches(cfg.data.micro_batch)
     generator = generator_record(cfg, module, codec, batches[0])
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    rank_zero_only(checkpoints.write_atomic)(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     metrics = tracking.JsonlLogger(run_dir / "metrics.jsonl", state["time_s"])
     validated = (run_dir / "validation.json").is_file()
 

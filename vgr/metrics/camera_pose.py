@@ -147,9 +147,8 @@ def pose_errors(
     result["degenerate"] = _degenerate(est[both], ref[both], align)
     if both.sum() < 2:
         if expected.any():
-            still = _inverse(ref[expected][:1]) @ ref[expected]
-            result["rot_imputed_deg"] = float(np.rad2deg(rotation_angle(still[:, :3, :3]).mean()))
-            result["trans_imputed"] = float(np.linalg.norm(still[:, :3, 3], axis=1).mean())
+            turned, gone = _from_first(ref[expected][:1], ref[expected])
+            result |= {"rot_imputed_deg": float(turned.mean()), "trans_imputed": float(gone.mean())}
         return result
     e, r, s = _align(est[both], ref[both], align, scale)
     angle = rotation_angle(r[:, :3, :3].swapaxes(-1, -2) @ e[:, :3, :3])
@@ -161,8 +160,7 @@ def pose_errors(
         angle = np.full_like(angle, _NAN)
     if centres_only or no_scale:
         distance, cammc, s = np.full_like(distance, _NAN), np.full_like(cammc, _NAN), _NAN
-    missing = expected & ~both
-    still = _inverse(ref[both][:1]) @ ref[missing]
+    turned, gone = _from_first(ref[both][:1], ref[expected & ~both])
     result |= {
         "rot_mean_deg": float(np.rad2deg(angle.mean())),
         "rot_sum_rad": float(angle.sum()),
@@ -171,10 +169,16 @@ def pose_errors(
         "cammc_mean": float(cammc.mean()),
         "cammc_sum": float(cammc.sum()),
         "scale": float(s),
-        "rot_imputed_deg": float(np.rad2deg(np.append(angle, rotation_angle(still[:, :3, :3])).mean())),
-        "trans_imputed": float(np.append(distance, np.linalg.norm(still[:, :3, 3], axis=1)).mean()),
+        "rot_imputed_deg": float(np.append(np.rad2deg(angle), turned).mean()),
+        "trans_imputed": float(np.append(distance, gone).mean()),
     }
     return result | _speed_profile(est[both, :3, 3], ref[both, :3, 3])
+
+
+def _from_first(first_144: Array, poses_F44: Array) -> tuple[Array, Array]:
+    """Degrees and metres (F,) by which poses differ from the first: the errors of an estimate that never moved."""
+    relative = _inverse(first_144) @ poses_F44
+    return np.rad2deg(rotation_angle(relative[:, :3, :3])), np.linalg.norm(relative[:, :3, 3], axis=1)
 
 
 def _speed_profile(est_F3: Array, ref_F3: Array) -> dict[str, float]:

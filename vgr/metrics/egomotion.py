@@ -29,6 +29,7 @@ _NOISE_PX = 0.1  # residual at which a track's robust weight has fallen to 1/2
 _STILL_PX = 0.16  # median motion left after derotation that tracking noise alone explains
 _MIN_SHARE = 0.05  # a step is reliable if the tracks' weights sum to this share of the cells (at least 15)
 _STARTS = 4
+_COMMAND_METRES = 0.005  # a commanded step shorter than this asks for no heading
 
 
 @dataclass(frozen=True)
@@ -253,12 +254,12 @@ def flow_rotation(frames_FHW3: ArrayLike, intrinsics: ArrayLike, gap: int = 1) -
 def flow_pose_score(
     frames_FHW3: ArrayLike, c2w_F44: ArrayLike, intrinsics: ArrayLike, gap: int = 1
 ) -> dict[str, float]:
-    """How well a video follows commanded cameras c2w (F,4,4), step by step; any unit of length, any first pose.
+    """How well a video follows commanded cameras c2w (F,4,4) in metres, step by step, whatever the first pose.
 
     Keys: rot_step_mean_deg, mean angle between estimated and commanded rotation, degrees a frame, over reliable
     steps; rot_step_imputed_deg, the same with unreliable steps counted as no motion; rot_step_still_deg, what a
     still video would score; heading_mean_deg, mean angle between the directions of translation over reliable
-    steps where the command moves (a step of more than a fifth of the path's fast ones), a still video counting
+    steps where the command moves (by over 5 mm and a fifth of the path's fast steps), a still video counting
     as 90; heading_imputed_deg with unreliable steps at 90 too; coverage, share of reliable steps; moving_share,
     of those the share where the video moves; commanded_moving_share of all steps; yaw_correlation, Pearson's r
     of estimated and commanded yaw; rot_gain, least-squares ratio of estimated to commanded rotation. NaN where
@@ -280,7 +281,7 @@ def score_motion(found: FlowMotion, c2w_F44: ArrayLike, gap: int = 1) -> dict[st
     error = np.linalg.norm(rotation_vectors(_exp(found.rotation).swapaxes(-1, -2) @ steps[:, :3, :3]), axis=-1)
     error, still_error = np.rad2deg(error) / gap, np.rad2deg(np.linalg.norm(turn, axis=-1)) / gap
     length = np.linalg.norm(move, axis=-1)
-    commanded = length > max(1e-9, 0.2 * np.quantile(length, 0.9))
+    commanded = length > max(_COMMAND_METRES, 0.2 * np.quantile(length, 0.9))
     cosine = (found.heading * move).sum(-1) / np.maximum(length, 1e-12)
     heading = np.rad2deg(np.arccos(np.clip(np.where(np.isnan(cosine), 0.0, cosine), -1, 1)))
     ok = found.reliable

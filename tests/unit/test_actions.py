@@ -105,6 +105,7 @@ def test_parse():
         ("ww-3", r"segment 1, character 1: key 'w' is given twice"),
         ("w30", r"segment 1, character 3: 'w30' has no '-'"),
         ("w-0", r"segment 1, character 2: frames '0'"),
+        ("w-1000000", r"segment 1, character 2: frames '1000000'"),
         ("w-3,d--4", r"segment 2, character 6: frames '-4'"),
         ("w-1.5", r"segment 1, character 2: frames '1.5'"),
         ("w-", r"segment 1, character 2: frames ''"),

@@ -1,7 +1,7 @@
 """The world model's action strings ("w-100,dw-60,none-20"), both published dialects (specs/world-model 4.1).
 
 Grammar: segments `keys-frames` separated by commas; keys is one or more of w s a d i j k l, held together,
-or the word `none`; frames is a whole number above 0. Case and blanks do not matter. Where the specification
+or the word `none`; frames is a whole number from 1 to 999999. Case and blanks do not matter. Where the specification
 is silent: opposing keys (w and s) cancel, as in the published tools; the same key twice in a segment is
 refused as a slip of the hand.
 
@@ -75,8 +75,8 @@ def _parse_segment(segment: str, number: int, start: int, text: str) -> tuple[fr
     if not dash:
         raise refuse(f"{segment.strip()!r} has no '-'", start + len(segment), "write 'keys-frames', for example 'w-30'")
     frames_at = start + len(keys_part) + 1
-    if not re.fullmatch(r"[0-9]+", frames_part.strip()) or int(frames_part) < 1:
-        raise refuse(f"frames {frames_part.strip()!r} is not a whole number above 0", frames_at, "for example 'w-30'")
+    if not re.fullmatch(r"[0-9]{1,6}", frames_part.strip()) or int(frames_part) < 1:
+        raise refuse(f"frames {frames_part.strip()!r} is not a whole number from 1 to 999999", frames_at, "for example 'w-30'")
     keys: set[str] = set()
     letters = [(i, c.lower()) for i, c in enumerate(keys_part, start) if not c.isspace()]
     if not letters:

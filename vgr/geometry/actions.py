@@ -76,7 +76,8 @@ def _parse_segment(segment: str, number: int, start: int, text: str) -> tuple[fr
         raise refuse(f"{segment.strip()!r} has no '-'", start + len(segment), "write 'keys-frames', for example 'w-30'")
     frames_at = start + len(keys_part) + 1
     if not re.fullmatch(r"[0-9]{1,6}", frames_part.strip()) or int(frames_part) < 1:
-        raise refuse(f"frames {frames_part.strip()!r} is not a whole number from 1 to 999999", frames_at, "for example 'w-30'")
+        what = f"frames {frames_part.strip()!r} is not a whole number from 1 to 999999"
+        raise refuse(what, frames_at, "for example 'w-30'")
     keys: set[str] = set()
     letters = [(i, c.lower()) for i, c in enumerate(keys_part, start) if not c.isspace()]
     if not letters:

@@ -119,13 +119,31 @@ def measure_set(
             trend = drift_.measure_drift(video[1:], fps, settings["drift"]["window_s"])
             values["motion_level"] = trend.level["motion"]
             values.update({f"{k}_start_end": v for k, v in trend.start_end.items()})
-        windows = features.windows(video[1:], settings["frechet"]["window_frames"])
-        table = np.array([features.clip_features(w) for w in windows]).reshape(-1, features.SIZE)
         done(1)
-        return Measured(key, values, trend, table)
+        return Measured(key, values, trend, window_features(video, settings))
 
     with ThreadPoolExecutor(threads) as pool:  # OpenCV and PyAV release the interpreter lock
         return list(pool.map(one, keys))
+
+
+def window_features(video: NDArray[np.uint8], settings: dict[str, Any]) -> Array:
+    """Features (windows, D) of a video without its first frame."""
+    windows = features.windows(video[1:], settings["frechet"]["window_frames"])
+    return np.array([features.clip_features(w) for w in windows]).reshape(-1, features.SIZE)
+
+
+def measure_reference(
+    videos: VideoSet, frames: int, settings: dict[str, Any], done: Callable[[int], None]
+) -> list[Measured]:
+    """Features alone, of the true videos Frechet distances compare with."""
+
+    def one(key: str) -> Measured:
+        table = window_features(videos.video(key, frames)[0], settings)
+        done(1)
+        return Measured(key, {}, None, table)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, videos.keys))
 
 
 def pose_values(video: NDArray[np.uint8], paths: Sequence[Path]) -> list[dict[str, float]]:

@@ -72,7 +72,7 @@ def measure(
             )
     known = None
     if reference is not None:
-        known = m.measure_set(reference, reference.keys, frames, protocol, done=done)
+        known = m.measure_reference(reference, frames, protocol, done)
         checks["frame_order"] = m.check_frame_order(truth, keys, frames, known, protocol)
     rows = m.summarize(measured, protocol, known, failed)
     info = sets["model"].info

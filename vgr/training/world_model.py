@@ -175,7 +175,7 @@ class WorldModelTraining(pl.LightningModule):
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(self._divergence(*values))
         nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        loss = float(self.all_gather(loss).mean()) if self.trainer.world_size > 1 else values[0]
+        loss = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
         lr = optimizer.param_groups[0]["lr"]
         self.last_step = {"train/loss": loss, "train/grad_norm": values[1], "train/lr": lr}
         self._pending.clear()

@@ -159,6 +159,7 @@ def test_the_estimator_is_checked_and_the_model_beats_its_controls(finished):
     assert check["passed"] and check["own_camera"]["high"] < check["other_camera"]["low"]
     follows = found["swapped_follows"]["rot_step_imputed_deg"]
     assert follows["high"] < found["rows"]["swapped"]["metrics"]["rot_step_imputed_deg"]["low"]
+    assert follows["own_minus_given"]["low"] > 0
     better = {(c["metric"], c["control"]): c["better"] for c in found["comparisons"]}
     assert better[("rot_step_imputed_deg", "swapped")] and better[("rot_step_imputed_deg", "frozen")]
     assert better[("psnr_db", "swapped")]

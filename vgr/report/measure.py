@@ -233,9 +233,14 @@ def compare(rows: dict[str, list[Measured]], row: str, controls: Sequence[str], 
 
 
 def follows_given(swapped: list[Measured], skip: set[str]) -> dict[str, Any]:
-    """Camera errors of the swapped row against the path it was given: low where the model listens."""
-    columns = {metric: column(swapped, f"other_{metric}") for metric in POSE_ERRORS if metric not in skip}
-    return {metric: cell(mean_interval(x)) for metric, x in columns.items() if np.isfinite(x).any()}
+    """Of the swapped row: camera errors against the path it was given, and how much larger they are (paired)
+    against the clip's own. Above zero where the model listens."""
+    out = {}
+    for metric in set(POSE_ERRORS) - skip:
+        given, own = column(swapped, f"other_{metric}"), column(swapped, metric)
+        if np.isfinite(own - given).any():
+            out[metric] = {**cell(mean_interval(given)), "own_minus_given": cell(paired_difference(own, given))}
+    return out
 
 
 def curves(rows: dict[str, list[Measured]]) -> dict[str, Any]:

@@ -181,35 +181,40 @@ def _verdicts(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
             + ("" if c["passed"] else " It cannot tell them apart, so the model has no such number.")
         )
         lines.append((c["passed"], text))
-    if c := results["swapped_follows"].get("rot_step_imputed_deg"):
-        own = results["rows"]["swapped"]["metrics"].get("rot_step_imputed_deg")
-        ok = bool(own and own["low"] and c["high"] and c["high"] < own["low"])
-        text = (
-            f"Sent along another clip’s path the model is {figure(c)} °/frame ({interval(c)}) off that path and "
-            f"{figure(own)} ({interval(own)}) off the clip’s own."
-        )
-        lines.append((ok, text))
     if c := checks.get("frame_order"):
         text = (
             f"Fréchet distance and time: true videos lie {c['ordered']:.2f} from the reference, the same with "
             f"shuffled frames {c['shuffled']:.2f}; chance alone gives {c['null_bias']:.2f}."
         )
         lines.append((c["passed"], text))
+    return _list("Can the measures be trusted?", lines) + _list("Does the model listen?", _listens(results, history))
+
+
+def _listens(results: dict[str, Any], history: list[dict[str, Any]]) -> list[tuple[bool, str]]:
+    lines = []
     if gain := _gain(history):
-        passed = gain["low"] is not None and gain["low"] > 0
         text = (
             f"Paired camera test: on held-out clips the loss rises by {figure(gain)} ({interval(gain)}) when cameras "
             "are shuffled between clips."
         )
-        lines.append((passed, text))
-    if not lines:
-        return ""
-    items = (
+        lines.append((gain["low"] is not None and gain["low"] > 0, text))
+    if c := results["swapped_follows"].get("rot_step_imputed_deg"):
+        more = c["own_minus_given"]
+        text = (
+            f"Sent along another clip’s path, the model’s video turns {figure(c)} °/frame off that path; off the clip’s "
+            f"own path it is {figure(more)} ({interval(more)}) more."
+        )
+        lines.append((more["low"] is not None and more["low"] > 0, text))
+    return lines
+
+
+def _list(title: str, lines: list[tuple[bool, str]]) -> str:
+    items = "".join(
         f'<div class="verdict"><span class="mark {"passed" if ok else "failed"}">'
         f"{'passed' if ok else 'failed'}</span><p>{escape(text)}</p></div>"
         for ok, text in lines
     )
-    return f"<h2>Can the measures be trusted?</h2>{''.join(items)}"
+    return f"<h2>{title}</h2>{items}" if lines else ""
 
 
 def _choose_clips(results: dict[str, Any], sets: dict[str, VideoSet], count: int) -> list[str]:

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from vgr.report import media, page
+from vgr.report import media, page, trends
 from vgr.report.curves import Line, chart, path_from_above, smooth
 
 
@@ -24,9 +24,9 @@ def run_folder(tmp_path):
 
 
 def test_history_survives_a_line_cut_by_a_kill(tmp_path):
-    history = page.read_history(run_folder(tmp_path))
+    history = trends.read_history(run_folder(tmp_path))
     assert len(history) == 50 and history[-1]["samples_seen"] == 784
-    assert page.read_history(tmp_path) == []
+    assert trends.read_history(tmp_path) == []
 
 
 def test_page_of_a_training_run_alone(tmp_path):

@@ -17,14 +17,13 @@ import numpy as np
 
 from vgr.data.files import atomic
 from vgr.report import media
-from vgr.report.curves import Line, chart, path_from_above, smooth
+from vgr.report.curves import path_from_above
 from vgr.report.rows import LABELS
 from vgr.report.sets import VideoSet
+from vgr.report.trends import GAIN, STYLES, over_time, read_history, training
 
 _HERE = Path(__file__).parent
-_STYLES = {"truth": "truth", "codec": "codec", "model": "modelc", "swapped": "swapped", "frozen": "frozen"}
 _VIDEO_BYTES = 10_000_000  # of embedded videos, so that the page stays below 15 MB
-_GAIN = "val/camera_gain"
 
 
 def write(
@@ -47,27 +46,14 @@ def write(
     body = [_head(run_dir, results, history)]
     if results:
         body += [_verdicts(results, history), _videos(results, sets or {}, shown), _table(results), _pairs(results)]
-        body += [_sheets(path, results, sets or {}, shown[:3]), _drift(results)]
-    body += [_training(history)]
+        body += [_sheets(path, results, sets or {}, shown[:3]), over_time(results)]
+    body += [training(history)]
     if results:
         body += [_unavailable(results)]
     body += [_settings(run_dir, results)]
     with atomic(path) as file:
         file.write(_document(_title(run_dir, results), "\n".join(p for p in body if p)).encode())
     return path
-
-
-def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    path, lines = run_dir / "metrics.jsonl", []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and "samples_seen" in line:
-            lines.append(line)
-    return lines
 
 
 def figure(cell: dict[str, Any] | None, name: str = "value") -> str:
@@ -164,8 +150,8 @@ def _tiles(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
 
 
 def _gain(history: list[dict[str, Any]]) -> dict[str, Any] | None:
-    last = next((h for h in reversed(history) if _GAIN in h), None)
-    return last and {"value": last[_GAIN], "low": last.get(f"{_GAIN}_low"), "high": last.get(f"{_GAIN}_high")}
+    last = next((h for h in reversed(history) if GAIN in h), None)
+    return last and {"value": last[GAIN], "low": last.get(f"{GAIN}_low"), "high": last.get(f"{GAIN}_high")}
 
 
 def _verdicts(results: dict[str, Any], history: list[dict[str, Any]]) -> str:
@@ -201,8 +187,8 @@ def _listens(results: dict[str, Any], history: list[dict[str, Any]]) -> list[tup
     if c := results["swapped_follows"].get("rot_step_imputed_deg"):
         more = c["own_minus_given"]
         text = (
-            f"Sent along another clip’s path, the model’s video turns {figure(c)} °/frame off that path; off the clip’s "
-            f"own path it is {figure(more)} ({interval(more)}) more."
+            f"Sent along another clip’s path, the model’s video turns {figure(c)} °/frame off that path; off the "
+            f"clip’s own path it is {figure(more)} ({interval(more)}) more."
         )
         lines.append((more["low"] is not None and more["low"] > 0, text))
     return lines
@@ -253,7 +239,7 @@ def _tracks(sets: dict[str, VideoSet], key: str, frames: int, fps: float) -> str
         uris = list(pool.map(lambda s: media.video_uri(s.video(key, frames)[0], fps), sets.values()))
     tracks = [
         f'<figure class="track"><video muted playsinline preload="auto" src="{uri}"></video>'
-        f'<figcaption><span class="dot {_STYLES[row]}"></span>{escape(LABELS[row][0])}</figcaption></figure>'
+        f'<figcaption><span class="dot {STYLES[row]}"></span>{escape(LABELS[row][0])}</figcaption></figure>'
         for row, uri in zip(sets, uris)
     ]
     own = (sets.get("truth") or sets["model"]).cameras(key, frames)
@@ -273,7 +259,7 @@ def _caption(results: dict[str, Any], key: str) -> str:
 def _table(results: dict[str, Any]) -> str:
     rows = results["rows"]
     head = "".join(
-        f'<th class="{"model" if r == "model" else ""}"><span class="dot {_STYLES[r]}"></span>{escape(row["label"])}'
+        f'<th class="{"model" if r == "model" else ""}"><span class="dot {STYLES[r]}"></span>{escape(row["label"])}'
         f"<small>{escape(row['note'])}</small></th>"
         for r, row in rows.items()
     )
@@ -344,55 +330,6 @@ def _sheets(path: Path, results: dict[str, Any], sets: dict[str, VideoSet], keys
     (path.parent / "contact_sheet.png").write_bytes(media.png(np.concatenate(images[:-1])))
     seconds = results["frames"] / results["fps"]
     return f"<h2>Contact sheet</h2><p>From the given first frame to second {seconds:.1f}.</p>{''.join(parts)}"
-
-
-def _drift(results: dict[str, Any]) -> str:
-    titles = {
-        "lightness": "Lightness, CIE L*", "sharpness": "Sharpness, ln variance of the Laplacian",
-        "contrast": "Contrast, sd of L*", "motion": "Motion, image diagonals a second",
-    }  # fmt: skip
-    charts = []
-    for name, title in titles.items():
-        lines = [
-            Line(c["times_s"], c[name]["value"], _STYLES[row], low=c[name]["low"], high=c[name]["high"])
-            if row in ("truth", "model")
-            else Line(c["times_s"], c[name]["value"], _STYLES[row])
-            for row, c in results["curves"].items()
-        ]
-        charts.append(chart(lines, "seconds", title))
-    if not any(charts):
-        return ""
-    return (
-        "<h2>Over time</h2><p>Means over clips in windows, with 95 % bands. A model that drifts leaves the true "
-        f'video’s line.</p>{_legend(results["curves"])}<div class="charts">{"".join(charts)}</div>'
-    )
-
-
-def _legend(rows: Any) -> str:
-    items = (f'<span><span class="dot {_STYLES[r]}"></span>{escape(LABELS[r][0])}</span>' for r in rows)
-    return f'<div class="legend">{"".join(items)}</div>'
-
-
-def _training(history: list[dict[str, Any]]) -> str:
-    def series(key: str) -> tuple[list[float], list[float]]:
-        found = [(h["samples_seen"], h[key]) for h in history if isinstance(h.get(key), int | float)]
-        return [x for x, _ in found], [y for _, y in found]
-
-    x, y = series("train/loss")
-    losses = [Line(x, y, "truth", thin=True), Line(x, smooth(y), "truth")] if y else []
-    losses += [Line(*series(k), s) for k, s in (("val/loss", "modelc"), ("val/loss_shuffled_camera", "swapped"))]
-    gx, gy = series(_GAIN)
-    low, high = (dict(zip(*series(f"{_GAIN}_{end}"))) for end in ("low", "high"))
-    gain = Line(gx, gy, "modelc", low=[low.get(v) for v in gx], high=[high.get(v) for v in gx])
-    charts = [chart(losses, "clips seen", "Loss"), chart([gain], "clips seen", "Camera gain", zero=True)]
-    if not any(charts):
-        return ""
-    names = (("truth", "training"), ("modelc", "held out, true camera"), ("swapped", "held out, shuffled cameras"))
-    legend = "".join(f'<span><span class="dot {s}"></span>{n}</span>' for s, n in names)
-    return (
-        f'<h2>Training</h2><div class="legend">{legend}</div><div class="charts">{"".join(charts)}</div>'
-        "<p>Camera gain: the loss on held-out clips with cameras shuffled between them, minus that with their own.</p>"
-    )
 
 
 def _unavailable(results: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ _NAMES = {"DoomImp": "imp", "ZombieMan": "zombie", "Zombieman": "zombie", "Shotg
           "PainElemental": "pain elemental", "Cyberdemon": "cyberdemon", "SpiderMastermind": "spider mastermind",
           "WolfensteinSS": "soldier", "ExplosiveBarrel": "barrel", "BigTree": "big tree", "TorchTree": "dead tree"}
 _ROAM_TICS = 5  # between two decisions while walking to a start, where nothing is recorded
+_SKY = (102, 255)  # what the depth buffer holds where nothing was drawn but sky
 _NUMBERS = ("no", "one", "two", "three", "four")
 
 
@@ -164,10 +165,10 @@ class DoomSource:
         """The clips_per_visit clips of one visit: a pure function of (seed, split, visit)."""
         maps = self.splits[split]
         clips: list[Clip] = []
-        # A map that gives no good clips is left for the next after a while; every map tried has given some.
+        # A map that gives too few good clips is left for another after a while.
         for retry in range(len(maps)):
-            turn, place = divmod(visit + retry, len(maps))
-            name = maps[numpy_generator(seed, f"doom-maps-{split}", turn).permutation(len(maps))[place]]
+            turn, place = divmod(visit, len(maps))
+            name = maps[numpy_generator(seed, f"doom-maps-{split}", turn, retry).permutation(len(maps))[place]]
             with Engine(name, self.size_hw) as engine:
                 for attempt in range(5 * self.clips_per_visit):
                     rng = numpy_generator(seed, f"doom-{split}", visit, retry, attempt)
@@ -185,7 +186,7 @@ class DoomSource:
         if state is None:
             return None
         walker = Walker(rng, mood, side, self.skip / TICS_PER_SECOND)
-        lead = int(rng.integers(6, 14))
+        lead = int(rng.integers(4, 9))  # frames to get going, before the first that is kept
         kept: list[np.ndarray] = []
         poses, depths, seen, dull_views = [], [], [], 0
         before = np.array(state.game_variables[:2])
@@ -271,7 +272,7 @@ def _shrink(images: list[np.ndarray], size_hw: tuple[int, int], nearest: bool = 
 
 
 def metres(depth_HW: np.ndarray) -> np.ndarray:
-    """Planar depth in metres (float32) of the engine's 8-bit depth, good to about 0.2 m; 255 is 57 m or more.
+    """Planar depth in metres (float32) of the engine's 8-bit depth, good to about 0.2 m; the sky reads as 23 or 57 m.
 
     The buffer starts one to two steps late, a little differently on walls and floors; 1.5 is the compromise.
     """
@@ -280,7 +281,7 @@ def metres(depth_HW: np.ndarray) -> np.ndarray:
 
 def dull(state: Any) -> bool:
     """True for a view that is near-blank or dark, a wall at arm's length (1.5 m), or one creature's chest."""
-    depth_HW, grey_HW = state.depth_buffer, state.screen_buffer[::4, ::4].mean(axis=-1)
+    depth_HW, grey_HW = state.depth_buffer, state.screen_buffer[::4, ::4, 1]
     height, width = depth_HW.shape
     middle = depth_HW[height // 3 : height * 2 // 3 : 2, width // 4 : width * 3 // 4 : 2]
     near = np.median(middle) * DEPTH_STEP < 1.5 * UNITS_PER_METRE
@@ -296,7 +297,7 @@ def describe(frames_FHWC: np.ndarray, depth_FHW: np.ndarray, seen: list[list[Any
     red, green, blue = frames_FHWC[::8].reshape(-1, 3).mean(axis=0)
     mean, spread = (red + green + blue) / 3, max(red, green, blue) - min(red, green, blue)
     light = "dark" if mean < 32 else "dim" if mean < 58 else "bright" if mean > 105 else ""
-    if spread < 0.14 * mean:
+    if spread < 0.2 * mean:
         colour = "grey"
     elif green >= max(red, blue):
         colour = "green"
@@ -306,11 +307,12 @@ def describe(frames_FHWC: np.ndarray, depth_FHW: np.ndarray, seen: list[list[Any
         colour = "red" if green < 0.7 * red else "brown"
     height, width = depth_FHW.shape[1:]
     eye = depth_FHW[::8, height * 42 // 100 : height * 58 // 100].astype(np.float64) * DEPTH_STEP
-    far, sides = eye.mean(), eye[:, :, : width // 6].mean() + eye[:, :, -width // 6 :].mean()
-    if (depth_FHW[::8, : height // 4] >= 250).mean() > 0.25:
+    far, sides = eye.mean(), (eye[:, :, : width // 6].mean() + eye[:, :, -width // 6 :].mean()) / 2
+    above = depth_FHW[::8, : height // 3]
+    if np.isin(above, _SKY).mean() > 0.15:
         place = "yard under the open sky"
     else:
-        place = "hall" if far > 620 else "corridor" if sides < 0.95 * far else "room" if far > 240 else "chamber"
+        place = "hall" if far > 420 else "corridor" if sides < 0.6 * far else "room" if far > 230 else "chamber"
     wad, level = map_name.split("/")
     level = f"map {int(level[3:])}" if level.startswith("MAP") else f"episode {level[1]} map {level[3]}"
     things = _things(seen, depth_FHW[0].size)

@@ -45,8 +45,13 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
 
     A finished folder of the same settings is left as it is, an unfinished one continued at its first missing
     shard. Validation keeps its videos, since measuring needs true frames. `progress` hears the number of clips
-    done. Raises ValueError where the folder holds something else, OSError where the disk is full.
+    done. Raises ValueError where source and codec do not fit or the folder holds something else, OSError where
+    the disk is full.
     """
+    t, h, w = codec.stride
+    if (source.frames - 1) % t or source.size_hw[0] % h or source.size_hw[1] % w:
+        raise ValueError(f"source.frames={source.frames}, source.size_hw={list(source.size_hw)} do not fit a codec of "
+                         f"stride {[t, h, w]}: frames must be 1 + n x {t}, height a multiple of {h}, width of {w}")
     extra = {"source": type(source).__name__, "split": split, "seed": seed, "frames": source.frames,
              "places": list(source.splits[split]), "video": keep_video or split == "val",
              "settings": json.loads(json.dumps(vars(source), default=str))}

@@ -12,10 +12,12 @@ from vgr.models.world_model import WorldModel
 from vgr.types import Cameras, Conditioning, Layout, TextStates
 
 
+CONFIG = {"in_channels": 4, "width": 32, "heads": 2, "layers": 2, "softmax_every": 2, "text_width": 16, "raw_frames": 4}
+
+
 def _model(**changes):
     torch.manual_seed(0)
-    config = {"in_channels": 4, "width": 32, "heads": 2, "layers": 2, "softmax_every": 2, "text_width": 16, "raw_frames": 4}
-    model = WorldModel(**{**config, **changes})
+    model = WorldModel(**{**CONFIG, **changes})
     for p in model.parameters():  # the start has zero outputs
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()
@@ -27,11 +29,12 @@ def _inputs(path="orbit", frames=3, batch=2):
     cameras = Cameras(c2w.float().expand(batch, -1, -1, -1), k.float().expand(batch, -1, -1))
     text = TextStates(torch.randn(batch, 1, 5, 16, generator=g), torch.ones(batch, 1, 5, dtype=torch.bool))
     x = torch.randn(batch, 4, frames, 3, 4, generator=g)
-    return x, torch.full((batch, frames), 0.5), Conditioning(Layout.whole(batch, frames), text, group_by_latent(cameras, 4))
+    cond = Conditioning(Layout.whole(batch, frames), text, group_by_latent(cameras, 4))
+    return x, torch.full((batch, frames), 0.5), cond
 
 
 def test_new_model_predicts_zero_and_every_used_parameter_learns():
-    model = WorldModel(in_channels=4, width=32, heads=2, layers=2, softmax_every=2, text_width=16, raw_frames=4)
+    model = WorldModel(**CONFIG)
     x, t, cond = _inputs()
     assert torch.equal(model(x, t, cond)[0], torch.zeros_like(x))
     trained = _model()

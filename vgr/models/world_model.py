@@ -138,7 +138,7 @@ class WorldModel(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, cond: Conditioning, state: None = None, *, commit: bool = False
     ) -> tuple[Tensor, None]:
-        """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1]; no state: it sees the whole clip."""
+        """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1]; it keeps no state."""
         if state is not None or commit:
             raise ValueError("this world model is bidirectional and keeps no state; call it with the whole clip")
         batch, _, frames, height, width = x.shape

@@ -11,7 +11,6 @@ from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
 from vgr.types import Cameras, Conditioning, Layout, TextStates
 
-
 CONFIG = {"in_channels": 4, "width": 32, "heads": 2, "layers": 2, "softmax_every": 2, "text_width": 16, "raw_frames": 4}
 
 

@@ -14,11 +14,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from small_training import command, environment, make_project, metrics, train  # noqa: E402
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path):
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.slow),
+    pytest.param(
+        "gpu",
+        marks=[
+            pytest.mark.multigpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_ranks_equal_one(tmp_path, device):
     folder = make_project(tmp_path)
-    assert train(folder, "runs=one").returncode == 0
-    arguments = command("runs=two", "trainer.devices=2", "trainer.strategy=ddp", "data.micro_batch=2")
+    on = (f"trainer.accelerator={device}", "trainer.precision=32-true")
+    assert train(folder, "runs=one", *on).returncode == 0
+    arguments = command("runs=two", *on, "trainer.devices=2", "trainer.strategy=ddp", "data.micro_batch=2")
     done = subprocess.run(arguments, cwd=folder, env={**os.environ, **environment()}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = folder / "one/mini/seed1", folder / "two/mini/seed1"

@@ -35,7 +35,6 @@ class Metric(NamedTuple):
 METRICS = {
     "psnr_db": Metric("PSNR", "dB", "higher"),
     "ssim": Metric("SSIM", "", "higher"),
-    "lpips_alex": Metric("LPIPS", "", "lower"),
     "rot_step_imputed_deg": Metric("Rotation error", "°/frame", "lower"),
     "heading_imputed_deg": Metric("Heading error", "°", "lower"),
     "yaw_correlation": Metric("Yaw correlation", "", "higher"),
@@ -93,9 +92,6 @@ def measure_set(
     the commanded (c2w, intrinsics) of a key, None leaves the pose out. The first frame, given to the model,
     counts
     for the pose alone."""
-    lpips = None
-    if truth is not None and (backbone := image.lpips_backbone()) is not None:
-        lpips = image.lpips_measure(backbone)
 
     def one(key: str) -> Measured:
         video, fps = videos.video(key, frames)
@@ -109,8 +105,6 @@ def measure_set(
                 )
             values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
             values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
-            if lpips:
-                values["lpips_alex"] = float(lpips(video[1::4], true[1::4]).mean())
         paths = [p for p in (cameras.get(key), other_cameras.get(key)) if p is not None]
         for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
             values.update({prefix + k: v for k, v in scores.items()})

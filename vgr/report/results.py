@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vgr.data.files import atomic
-from vgr.metrics import frame_rate, fvd, image
+from vgr.metrics import frame_rate, fvd
 from vgr.metrics.statistics import mean_interval
 from vgr.report import measure as m
 from vgr.report.rows import LABELS
@@ -21,11 +21,6 @@ _GET = {
         "the smoke protocol has no I3D features, and only those make a FVD",
         f"get {fvd.I3D['file']} (git blob SHA-1 {fvd.I3D['git_blob_sha1']}) from {fvd.I3D['source']}, put it into "
         "weights/, and use a protocol that asks for it",
-    ),
-    "lpips_alex": (
-        "the AlexNet weights it stands on are not on this machine, or are damaged",
-        f"get {image.LPIPS_BACKBONE} (233 MB) from download.pytorch.org/models and put it into the checkpoints folder "
-        "of torch hub (~/.cache/torch/hub unless TORCH_HOME says otherwise)",
     ),
 }
 
@@ -124,7 +119,7 @@ def _missing(
         out.update({k: {"why": why, "get": get} for k in metrics if k not in cells})
 
     if truth is None:
-        say(("psnr_db", "ssim", "lpips_alex", "drift"), "no true videos to compare with", "give data=<val shards>")
+        say(("psnr_db", "ssim", "drift"), "no true videos to compare with", "give data=<val shards>")
     if reference is None:
         say((m.FD, m.MMD), "too few true clips beside those measured", "give data= with half as many further clips")
     if not any(paths.values()):
@@ -144,8 +139,6 @@ def _settings(metric: str, protocol: dict[str, Any], frames: int) -> dict[str, A
         return base | fd | {"features": m.features.NAME, "weights": None, "resize": "64x48, area"} | protocol["frechet"]
     if metric in ("psnr_db", "ssim"):
         return base | {"frames_scored": "1.. (the given first frame is left out)", "range": 255}
-    if metric == "lpips_alex":
-        return base | {"version": "0.1", "every": 4, "backbone": image.LPIPS_BACKBONE}
     if metric in m.POSE.values():
         return base | {"estimator": "frame-to-frame optical flow, small rotations", "alignment": "per step, none"}
     if metric.endswith("_s") and metric in ("first_frame_s", "frames_per_s", "denoise_frames_per_s"):

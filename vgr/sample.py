@@ -1,7 +1,7 @@
 """vgr-sample: one video along a camera path, from a first frame and a prompt.
 
 vgr-sample checkpoint=runs/world_model/tiny/seed1 path=orbit seconds=8 first_frame=img.png prompt="a dim room"
-vgr-sample checkpoint=runs/world_model/tiny/seed1 actions="w-30,l-20"
+vgr-sample checkpoint=runs/world_model/tiny/seed1 actions=[w-30,l-20]
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def body(cfg: DictConfig) -> None:
     with _progress(generator.sampling["steps"]) as step:
         videos, timings = generator(first, cameras, ((cfg.prompt,),), [cfg.seed], step)
     settings = {
-        "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": cfg.actions,
+        "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": str(cfg.actions),
         "prompt": cfg.prompt, "seed": cfg.seed, "fps": generator.fps, "sampling": generator.sampling,
         "first_frame": cfg.first_frame, "timings": timings,
     }  # fmt: skip
@@ -200,7 +200,8 @@ def read_path(cfg: DictConfig, generator: Generator) -> tuple[Cameras, int]:
 
     own = torch.tensor(generator.intrinsics, dtype=torch.float64)
     if cfg.actions is not None:
-        c2w = from_actions(cfg.actions, cfg.dialect)
+        text = cfg.actions if isinstance(cfg.actions, str) else ",".join(map(str, cfg.actions))
+        c2w = from_actions(text, cfg.dialect)
         shown, k = len(c2w), own.expand(len(c2w), 4)
         generator.frames((shown - 1) / generator.fps)
     else:

@@ -13,7 +13,6 @@ from vgr.training import checkpoints
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from small_training import command, environment, make_project, metrics, train  # noqa: E402
 
-
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.slow),
     pytest.param(

@@ -9,7 +9,8 @@ import pytest
 from vgr import command
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").rglob("README.md")), *sorted((ROOT / "benchmarks").rglob("README.md"))]
+PAGES = [ROOT / "README.md"]
+PAGES += sorted(p for d in ("experiments", "benchmarks") for p in (ROOT / d).rglob("README.md"))
 
 
 def _commands():

@@ -3,15 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/world_model/tiny/seed1
-FIRST := runs/demo/first_frame.png
+FIRST := $(RUN)/bench/smoke/truth/val-000002.mp4
 
 .PHONY: demo test test-slow test-gpu test-multigpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
 	$(BIN)/vgr-train experiments=world_model/tiny
-	$(BIN)/vgr-sample checkpoint=$(RUN) path=orbit seconds=4 prompt="a dim brown room" out=runs/demo/orbit
 	$(BIN)/vgr-bench checkpoint=$(RUN) protocol=smoke
+	$(BIN)/vgr-sample checkpoint=$(RUN) path=orbit seconds=5 first_frame=$(FIRST) prompt="a grey yard" out=runs/demo/orbit
 	@echo "report: $(CURDIR)/$(RUN)/bench/smoke/report.html"
 
 test: $(VENV)/.ready-test

@@ -6,7 +6,6 @@ vgr-sample checkpoint=runs/world_model/tiny/seed1 actions=[w-30,l-20]
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -72,7 +71,7 @@ class Generator:
             own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
             checkpoints.match(own, {k: v.shape for k, v in parts[part].state_dict().items()}, folder)
             parts[part].load_state_dict(own)
-        digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+        digest = checkpoints.weights_hash(folder, "ema")
         given = {"steps": steps, "shift": shift, "guidance": guidance}
         sampling = {**record["sampling"], **{k: v for k, v in given.items() if v is not None}}
         data = checkpoints.read_state(folder)["config"]["data"]
@@ -168,15 +167,13 @@ def main() -> None:
 
 def body(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4, side_by_side.mp4, cameras.npz and sample.json."""
-    from vgr.data.video import read_image
-
     if cfg.checkpoint is None:
         raise ValueError("checkpoint is not given: checkpoint=<run folder or one of its checkpoints>")
     if (cfg.path is None) == (cfg.actions is None):
         raise ValueError("give either path=<name> or actions=<keys-frames,...>, and not both")
     generator = Generator.load(cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance)
     cameras, shown = read_path(cfg, generator)
-    first = None if cfg.first_frame is None else read_image(cfg.first_frame, generator.size_hw)[None]
+    first = None if cfg.first_frame is None else read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
     name = cfg.path or "actions"
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
@@ -189,6 +186,18 @@ def body(cfg: DictConfig) -> None:
     }  # fmt: skip
     write_sample(out, videos[0, :shown], cameras.frames(0, shown), generator.fps, settings)
     print(out / "side_by_side.mp4")
+
+
+def read_first_frame(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
+    """An image, or the first frame of an mp4 of the model's size, as (H,W,3) uint8. Raises ValueError or OSError."""
+    from vgr.data.video import iter_video, read_image
+
+    if path.suffix != ".mp4":
+        return read_image(path, size_hw)
+    frame = next(iter(iter_video(path)))[0]
+    if frame.shape[:2] != size_hw:
+        raise ValueError(f"first_frame={path} is {frame.shape[1]}x{frame.shape[0]}; the model makes {size_hw[::-1]}")
+    return frame
 
 
 def read_path(cfg: DictConfig, generator: Generator) -> tuple[Cameras, int]:

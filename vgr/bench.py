@@ -107,32 +107,27 @@ def bench(
     from vgr.report import page, results
     from vgr.report import rows as rows_
 
-    sets: dict[str, VideoSet] = {}
+    sets: dict[str, VideoSet] = {} if videos is None else {"model": videos}
     reference = None
-    if shards is not None:
+    if shards is None:
+        keys = list(videos.keys[: protocol["clips"]])
+        frames = min(protocol["frames"], *(len(videos.video(k)[0]) for k in keys))
+    else:
         clips, frames = rows_.choose(protocol, shards, generator, videos)
+        keys = [c.key for c in clips]
         with progress(len(shards.keys), "true videos") as done:
             sets["truth"], reference = rows_.true_sets(protocol, out, shards, clips, done)
-    if generator is not None:
-        with progress(4 * len(clips) + protocol["frame_rate"]["requests"], "making videos") as done:
-            sets |= rows_.make_rows(protocol, out, generator, sets["truth"], clips, frames, batch, done)
-        keys = [c.key for c in clips]
-    else:
-        sets["model"] = videos
-        if shards is None:
-            keys = list(videos.keys[: protocol["clips"]])
-            frames = min(protocol["frames"], *(len(videos.video(k)[0]) for k in keys))
-        else:
-            keys = [c.key for c in clips]
-            with progress(len(clips), "making videos") as done:
-                sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done)
+        with progress((4 if generator else 1) * len(clips), "making videos") as done:
+            if generator:
+                sets |= rows_.make_rows(protocol, out, generator, sets["truth"], clips, frames, batch, done)
+            sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done)
     sets = {name: sets[name] for name in rows_.LABELS if name in sets}
     total = len(keys) * len(sets) + (len(reference.keys) if reference else 0)
     with progress(total, "measuring") as done:
         found, per_video = results.measure(protocol, sets, keys, frames, reference, done)
     found = {"format": 1, "title": title, **environment(), **found}
     results.write(out, found, per_video)
-    return page.write(out / "report.html", run_dir=run_dir, results=found, sets=sets)
+    return page.write(out / "report.html", run_dir, found, sets)
 
 
 def environment() -> dict[str, Any]:

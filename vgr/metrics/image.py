@@ -5,19 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_CAP_DB = 100.0
 
-
-def psnr(
-    frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8], data_range: float = 255.0
-) -> NDArray[np.float64]:
-    """PSNR of every frame in dB, (F,), at most 100; a video's value is the mean of these, not of squared
-    errors.
-    """
-    _same_shape(frames_FHW3, truth_FHW3)
-    error = (frames_FHW3.astype(np.float64) - truth_FHW3.astype(np.float64)) / data_range
-    mse = (error**2).mean(axis=tuple(range(1, error.ndim)))
-    return -10 * np.log10(np.maximum(mse, 10 ** (-_CAP_DB / 10)))
+def psnr(frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """PSNR of every frame in dB, (F,), at most 100; a video's value is the mean of these, not of squared errors."""
+    error = (frames_FHW3.astype(np.float64) - truth_FHW3.astype(np.float64)) / 255
+    return -10 * np.log10(np.maximum((error**2).mean((1, 2, 3)), 1e-10))
 
 
 def ssim(frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -28,11 +20,5 @@ def ssim(frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8]) -> NDArr
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure as measure
 
-    _same_shape(frames_FHW3, truth_FHW3)
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() for x in (frames_FHW3, truth_FHW3))
     return measure(a, b, gaussian_kernel=True, sigma=1.5, data_range=255.0, reduction="none").double().numpy()
-
-
-def _same_shape(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"video of shape {a.shape} against {b.shape}; frame count and size must agree")

@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,27 +16,29 @@ _W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 230, 50, 10, 12, 34
 
 
 class Line(NamedTuple):
-    """One line: style is a CSS class (its colour), low and high an optional band around y."""
+    """One line: style is a CSS class (its colour), low and high the ends of a band around y, if given."""
 
     x: Sequence[float]
     y: Sequence[float | None]
     style: str
-    name: str = ""
-    low: Sequence[float | None] | None = None
-    high: Sequence[float | None] | None = None
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
     thin: bool = False
 
 
 def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -> str:
     """A figure with axes; points that are None or not finite are left out. zero draws the line y = 0."""
-    data = [(line, [(x, y, lo, hi) for x, y, lo, hi in _points(line) if _finite(x) and _finite(y)]) for line in lines]
+    data = []
+    for line in lines:
+        points = zip_longest(line.x, line.y, line.low, line.high)
+        data.append((line, [p for p in points if _finite(p[0]) and _finite(p[1])]))
     every = [p for _, points in data for p in points]
     if not every:
         return ""
-    heights = [v for _, y, lo, hi in every for v in (y, lo, hi) if _finite(v)] + ([0.0] if zero else [])
-    x_ticks, y_ticks = _ticks(min(p[0] for p in every), max(p[0] for p in every)), _ticks(min(heights), max(heights))
+    heights = [v for p in every for v in p[1:] if _finite(v)] + ([0.0] if zero else [])
     x0, x1 = min(p[0] for p in every), max(p[0] for p in every)
-    y0, y1 = min(heights + [y_ticks[0]]), max(heights + [y_ticks[-1]])
+    y_ticks = _ticks(min(heights), max(heights))
+    y0, y1 = y_ticks[0], y_ticks[-1]
 
     def at(x: float, y: float) -> str:
         px = _LEFT + (x - x0) / ((x1 - x0) or 1) * (_W - _LEFT - _RIGHT)
@@ -47,10 +50,9 @@ def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -
         left, right = at(x0, y), at(x1, y)
         parts.append(f'<path class="axis" d="M{left} L{right}"/>')
         parts.append(f'<text x="{_LEFT - 7}" y="{float(left.split(",")[1]) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in x_ticks:
-        px = at(x, y0).split(",")[0]
-        if x0 <= x <= x1:
-            parts.append(f'<text x="{px}" y="{_H - 16}" text-anchor="middle">{_short(x)}</text>')
+    for x in (x for x in _ticks(x0, x1) if x0 <= x <= x1):
+        text = f"{x / 1000:g}k" if x >= 10000 else f"{x:g}"
+        parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{_H - 16}" text-anchor="middle">{text}</text>')
     parts.append(f'<text x="{_W - _RIGHT}" y="{_H - 2}" text-anchor="end">{escape(x_label)}</text>')
     if zero:
         parts.append(f'<path class="zero" d="M{at(x0, 0)} L{at(x1, 0)}"/>')
@@ -76,28 +78,22 @@ def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
 
 
 def path_from_above(c2w_F44: NDArray[np.float64], other_F44: NDArray[np.float64] | None = None) -> str:
-    """The camera's way seen from above, first frame at the origin looking up, ticks along the view; SVG.
-
-    A path without way (turning on the spot) shows as a fan of views. other: a second path, drawn as a
-    control.
-    """
+    """The camera's way seen from above, the first frame looking up, ticks along the view; other: a control's; SVG."""
     size, margin = np.array([100.0, 75.0]), 12.0
-    plans = [_plan(c2w_F44)] + ([_plan(other_F44)] if other_F44 is not None else [])
+    plans = [_plan(c2w) for c2w in (c2w_F44, other_F44) if c2w is not None]
     spread = np.concatenate([p[:, :2] for p in plans])
     low, high = spread.min(0), spread.max(0)
     scale = float(((size - 2 * margin) / np.maximum(high - low, 1e-3)).min())
-    middle = (low + high) / 2
-    parts, here = [], []
-    for plan, style in reversed(list(zip(plans, ("modelc", "swapped")))):
-        xy = size / 2 + (plan[:, :2] - middle) * scale * np.array([1, -1])
-        angle = np.degrees(plan[:, 2])
+    parts, drawn = [], [(p, size / 2 + (p[:, :2] - (low + high) / 2) * scale * np.array([1, -1])) for p in plans]
+    for (plan, xy), style in reversed(list(zip(drawn, ("modelc", "swapped")))):  # the video's own on top
         for i in np.linspace(0, len(xy) - 1, 9).round().astype(int):
             dx, dy = 7 * math.sin(plan[i, 2]), -7 * math.cos(plan[i, 2])
-            x, y = xy[i]
-            parts.append(f'<path class="line thin {style}" d="M{x:.1f},{y:.1f} l{dx:.1f},{dy:.1f}"/>')
+            d = f"M{xy[i, 0]:.1f},{xy[i, 1]:.1f} l{dx:.1f},{dy:.1f}"
+            parts.append(f'<path class="line thin {style}" d="{d}"/>')
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in xy)
         parts.append(f'<polyline class="line {style}" points="{points}"/>')
-        here = [[round(float(v), 1) for v in (x, y, a)] for (x, y), a in zip(xy, angle)]
+    plan, xy = drawn[0]
+    here = np.concatenate([xy, np.degrees(plan[:, 2:])], axis=1).round(1).tolist()
     x, y, a = here[0]
     parts.append(
         f'<path class="here modelc" fill="currentColor" d="M0,-7 L4,4 L-4,4 Z" transform="translate({x} {y}) '
@@ -107,17 +103,10 @@ def path_from_above(c2w_F44: NDArray[np.float64], other_F44: NDArray[np.float64]
 
 
 def _plan(c2w: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(F,3): right, forward in metres and heading in radians (clockwise from above), in the first frame's
-    axes.
-    """
+    """(F,3): right, forward in metres and heading in radians (clockwise from above), in the first frame's axes."""
     relative = np.linalg.inv(c2w[0]) @ c2w
     forward = relative[:, :3, 2]
     return np.stack([relative[:, 0, 3], relative[:, 2, 3], np.arctan2(forward[:, 0], forward[:, 2])], axis=1)
-
-
-def _points(line: Line) -> list[tuple[Any, Any, Any, Any]]:
-    none = [None] * len(line.x)
-    return list(zip(line.x, line.y, line.low or none, line.high or none))
 
 
 def _finite(x: float | None) -> bool:
@@ -131,7 +120,3 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.floor(low / step + 1e-9)
     return [float(f"{k * step:.10g}") for k in range(first, math.ceil(high / step - 1e-9) + 1)]
-
-
-def _short(x: float) -> str:
-    return f"{x / 1000:g}k" if abs(x) >= 10000 else f"{x:g}"

@@ -1,6 +1,4 @@
-"""The rows of a result: true videos, the codec's round trip, the model, and two controls, each a set of
-videos.
-"""
+"""The rows of a result: true videos, the codec's round trip, the model, and two controls, each a set of videos."""
 
 from __future__ import annotations
 
@@ -30,14 +28,11 @@ def choose(protocol: dict[str, Any], shards: Any, generator: Any, videos: VideoS
 
     With a set made elsewhere: the clips it has a video for. Raises ValueError where nothing fits.
     """
-    keys = list(shards.keys)
-    if videos is not None:
-        if not (wanted := set(videos.keys) & set(keys)):
-            raise ValueError(
-                f"no video of {videos.folder} is named like a clip of data; expected names like {keys[0]}.mp4"
-            )
-        keys = [k for k in keys if k in wanted]
-    keys = keys[: protocol["clips"]]
+    keys = [k for k in shards.keys if videos is None or k in videos.keys][: protocol["clips"]]
+    if videos is not None and not keys:
+        raise ValueError(
+            f"no video of {videos.folder} is named like a clip of data; expected names like {shards.keys[0]}.mp4"
+        )
     if len(keys) < 2:
         raise ValueError(f"{len(keys)} clip to measure; the control with another clip's camera needs 2 or more")
     clips = [_clip(shards, k) for k in keys]
@@ -83,8 +78,7 @@ def make_rows(
     batch: int,
     done: Done,
 ) -> dict[str, VideoSet]:
-    """Codec, model, swapped and frozen rows, made where missing; speed is measured once, with the model's
-    row.
+    """Codec, model and swapped rows, made where missing; speed is measured once, with the model's row.
 
     generator: see vgr.sample.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
     of the model; its swapped camera is that of the clip half the list further.
@@ -103,8 +97,10 @@ def make_rows(
 
     def generate(group: list[Clip]) -> tuple[Frames, dict[str, float]]:
         first = np.stack([truth.video(c.key)[0][0] for c in group])
-        c2w = torch.from_numpy(np.stack([c.c2w[:frames] for c in group])).float()
-        intrinsics = torch.from_numpy(np.stack([c.intrinsics[:frames] for c in group])).float()
+        c2w, intrinsics = (
+            torch.from_numpy(np.stack([x[:frames] for x in xs])).float()
+            for xs in ([c.c2w for c in group], [c.intrinsics for c in group])
+        )
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
         return generator(first, Cameras(c2w, intrinsics), tuple(c.captions for c in group), seeds)
 
@@ -115,25 +111,24 @@ def make_rows(
             x = generator.codec.decode(generator.codec.encode(x.to(generator.device)))
         return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
+    source = {"codec": generator.codec.fingerprint, "truth": truth.info["fingerprint"], "frames": frames}
     by = {
-        "name": generator.name, "weights": generator.weights_hash, "codec": generator.codec.fingerprint,
-        "sampling": generator.sampling, "protocol": protocol["sha256"], "frames": frames,
-        "truth": truth.info["fingerprint"],
+        **source, "name": generator.name, "weights": generator.weights_hash, "sampling": generator.sampling,
+        "protocol": protocol["sha256"],
     }  # fmt: skip
     turned = clips[len(clips) // 2 :] + clips[: len(clips) // 2]
     others = [c._replace(c2w=o.c2w, intrinsics=o.intrinsics) for c, o in zip(clips, turned)]
-    codec = {"row": "codec", "codec": by["codec"], "truth": by["truth"], "frames": frames}
-    rows = {"codec": fill_set(out / "codec", codec, fps, clips, round_trip, batch=batch, done=done)}
-    for row, asked in (("model", clips), ("swapped", others)):
-        made_by = {**by, "row": row}
-        rows[row] = fill_set(out / row, made_by, fps, asked, lambda group: generate(group)[0], batch=batch, done=done)
-    rows["frozen"] = frozen_row(out, truth, clips, frames, batch, done)
-    if "timings" not in rows["model"].info:
-        speed = protocol["frame_rate"]
+    rows = {}
+    for row, made_by, asked, make in (
+        ("codec", source, clips, round_trip),
+        ("model", by, clips, lambda group: generate(group)[0]),
+        ("swapped", by, others, lambda group: generate(group)[0]),
+    ):
+        rows[row] = fill_set(out / row, {**made_by, "row": row}, fps, asked, make, batch=batch, done=done)
+    info, speed = rows["model"].info, protocol["frame_rate"]
+    if "timings" not in info:
         calls = [lambda c=c: generate([c]) for c in clips[: speed["requests"]]]
-        info = rows["model"].info
-        info["timings"] = frame_rate.measure_requests(calls, speed["warmup"], lambda: done(1))
-        info["memory"] = frame_rate.peak_memory_gib()
+        info["timings"] = frame_rate.measure_requests(calls, speed["warmup"])
         write_json(out / "model" / "set.json", info)
     return rows
 

@@ -3,8 +3,8 @@
     <key>.mp4  <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4))  set.json
 
 set.json: {"format": 1, "made_by": {...}, "fingerprint": sha256 of made_by, "clips": [keys], "fps": ..., and
-optionally "timings": [{"wall_s", "frames", "first_frame_s", "denoise_s", "decode_s"}], "memory", "name"}.
-Only the videos are required of a set that somebody else made.
+optionally "timings": [{"wall_s", "frames", "first_frame_s", "denoise_s"}]}. Only the videos are required of a set
+that somebody else made.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ CRF = 14  # of the videos we write; stated in set.json
 
 
 class Clip(NamedTuple):
-    """What one video is asked for: its name, commanded cameras c2w (F,4,4), intrinsics (F,4), one text a
-    shot.
-    """
+    """What one video is asked for: its name, commanded cameras c2w (F,4,4), intrinsics (F,4), one text a shot."""
 
     key: str
     c2w: NDArray[np.float64]
@@ -45,9 +43,7 @@ class VideoSet:
     info: dict[str, Any]
 
     def video(self, key: str, frames: int | None = None) -> tuple[Frames, float]:
-        """(frames (F,H,W,3), frames a second); cut to `frames`. Raises ValueError when the video is
-        shorter.
-        """
+        """(frames (F,H,W,3), frames a second); cut to `frames`. Raises ValueError when the video is shorter."""
         from vgr.data.video import read_video
 
         video, times = read_video(self.folder / f"{key}.mp4")
@@ -62,50 +58,33 @@ class VideoSet:
         if not path.is_file():
             return None
         with np.load(path, allow_pickle=False) as file:
-            missing = {"c2w", "intrinsics"} - set(file.files)
-            if missing:
-                raise ValueError(
-                    f"{path} lacks {', '.join(sorted(missing))}; it must hold c2w (F,4,4), intrinsics (F,4)"
-                )
-            c2w, intrinsics = file["c2w"].astype(np.float64), file["intrinsics"].astype(np.float64)
-        if intrinsics.ndim == 1:
-            intrinsics = np.broadcast_to(intrinsics, (len(c2w), 4))
-        if c2w.shape[1:] != (4, 4) or intrinsics.shape != (len(c2w), 4) or len(c2w) < frames:
+            found = {name: np.asarray(file[name], np.float64) for name in ("c2w", "intrinsics") if name in file}
+        shapes = {name: x.shape for name, x in found.items()}
+        length = shapes.get("c2w", (0,))[0]
+        if shapes != {"c2w": (length, 4, 4), "intrinsics": (length, 4)} or length < frames:
             raise ValueError(
-                f"{path} holds c2w {c2w.shape} and intrinsics {intrinsics.shape}; {frames} frames are measured and "
-                "each needs one (4, 4) pose and (4,) intrinsics"
+                f"{path} holds {shapes}; {frames} frames are measured and need c2w (F,4,4) and intrinsics (F,4)"
             )
-        return c2w[:frames], intrinsics[:frames]
+        return found["c2w"][:frames], found["intrinsics"][:frames]
 
 
 def open_set(folder: Path | str) -> VideoSet:
-    """Read a set. Raises ValueError when the folder has no mp4, or cameras for some of its videos only."""
+    """Read a set. Raises ValueError when the folder has no mp4."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"videos={folder} is not a folder; give a folder of <key>.mp4 files")
     keys = tuple(sorted(p.stem for p in folder.glob("*.mp4") if p.is_file()))
     if not keys:
         raise ValueError(f"videos={folder} holds no .mp4 file; a set is a folder of <key>.mp4, see vgr/report/sets.py")
-    without = [k for k in keys if not (folder / f"{k}.cameras.npz").is_file()]
-    if without and len(without) < len(keys):
-        raise ValueError(
-            f"{folder}: {len(without)} of {len(keys)} videos have no cameras, the first is {without[0]}; "
-            f"add {without[0]}.cameras.npz or give none at all"
-        )
     return VideoSet(folder, keys, read_info(folder))
 
 
 def read_info(folder: Path) -> dict[str, Any]:
     path = folder / "set.json"
-    if not path.is_file():
-        return {}
     try:
-        info = json.loads(path.read_text())
+        return json.loads(path.read_text()) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}); remove it or repair it") from None
-    if not isinstance(info, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return info
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -126,7 +105,7 @@ def fill_set(
     make: Callable[[list[Clip]], Sequence[Frames | bytes]],
     *,
     batch: int = 8,
-    done: Callable[[int], None] = lambda n: None,
+    done: Callable[[int], None],
 ) -> VideoSet:
     """Make the videos of a set that are not there yet and return it.
 
@@ -139,7 +118,6 @@ def fill_set(
     for clip in clips:
         if Path(clip.key).name != clip.key:
             raise ValueError(f"clip key {clip.key!r} cannot name a file; keys are plain names")
-    folder.mkdir(parents=True, exist_ok=True)
     info, mark = read_info(folder), fingerprint(made_by)
     if not info and any(folder.glob("*.mp4")):
         raise ValueError(f"{folder} holds videos without a set.json; choose another out= or move them")

@@ -21,17 +21,14 @@ import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 _FULL = "HYDRA_FULL_ERROR"
-_DIVERGED = FloatingPointError
-_USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError, _DIVERGED)
+_USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError, FloatingPointError)
 
 
 def root() -> Path:
@@ -53,11 +50,6 @@ class ExperimentsSource(FileConfigSource):
     def is_config(self, config_path: str) -> bool:
         return config_path.startswith("experiments/") and super().is_config(config_path)
 
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        if config_path == "":
-            return [] if results_filter == ObjectType.CONFIG else ["experiments"]
-        return super().list(config_path, results_filter)
-
 
 class ExperimentsPath(SearchPathPlugin):
     """Adds the presets of experiments/ to Hydra's search path, after conf/."""
@@ -78,36 +70,29 @@ def run(config_name: str, body: Callable[[DictConfig], None]) -> None:
     A user's mistake (ValueError, OSError, anything Hydra or OmegaConf refuses) ends as one line on stderr
     and exit code 2, a diverged run (FloatingPointError) with code 3; a traceback only if HYDRA_FULL_ERROR=1.
     """
-    full = os.environ.get(_FULL)
-    program = f"vgr-{config_name}"
+    full = os.environ.get(_FULL) == "1"
 
     def guarded(call: Callable[[], object]) -> None:
         try:
             call()
         except Exception as error:
-            if full == "1":
+            while isinstance(error, InstantiationException) and error.__cause__ is not None:
+                error = error.__cause__
+            if full or not isinstance(error, _USER_ERRORS):
                 raise
-            cause = _cause(error)
-            if not isinstance(cause, _USER_ERRORS) and not _out_of_memory(cause):
-                raise
-            print(f"{program}: error: {explain(cause, config_name)}", file=sys.stderr, flush=True)
-            sys.exit(3 if isinstance(cause, _DIVERGED) else 2)
+            print(f"vgr-{config_name}: error: {explain(error, config_name)}", file=sys.stderr, flush=True)
+            sys.exit(3 if isinstance(error, FloatingPointError) else 2)
+        finally:
+            if not full:
+                os.environ.pop(_FULL, None)
 
     def job(cfg: DictConfig) -> None:
-        # Hydra's error printing is off only while Hydra runs: what the body starts sees the user's choice.
-        _set_full(full)
-        try:
-            guarded(lambda: (check_keys(cfg, config_name), body(cfg)))
-        finally:
-            _set_full("1")
+        # Guarded here too: an error that leaves a job makes Hydra print lines of its own.
+        guarded(lambda: (check_keys(cfg, config_name), body(cfg)))
 
     setup()
-    _set_full("1")  # makes Hydra raise instead of printing and exiting
-    try:
-        main = hydra.main(config_path=str(root() / "conf"), config_name=config_name, version_base="1.3")(job)
-        guarded(main)
-    finally:
-        _set_full(full)
+    os.environ[_FULL] = "1"  # makes Hydra raise instead of printing and exiting
+    guarded(hydra.main(config_path=str(root() / "conf"), config_name=config_name, version_base="1.3")(job))
 
 
 # Settings that decide how a run is carried out, not what comes out of it (micro_batch: up to rounding).
@@ -138,45 +123,19 @@ def run_folder(runs: str, experiment: str | None, overrides: Iterable[str], seed
     return Path(runs) / (f"{name}--{clean}" if told else name) / f"seed{seed}"
 
 
-def _set_full(value: str | None) -> None:
-    if value is None:
-        os.environ.pop(_FULL, None)
-    else:
-        os.environ[_FULL] = value
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error inside Hydra's InstantiationException wrappers, or the error itself."""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"
-
-
 def explain(error: BaseException, config_name: str) -> str:
     """One line saying what is wrong and, for misspelt keys and presets, what was probably meant."""
     text = str(error)
-    if isinstance(error, MissingConfigException):
-        return _explain_missing(error, config_name)
-    misspelt = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in", text)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _explain_missing(error.missing_cfg_file, error.options or [])
+    misspelt = re.search(r"Could not override '([^'@]+)", text) or re.search(r"Key '([^']+)' is not in", text)
     if misspelt:
-        key = re.search(r"full_key: (\S+)", text + "\n" + str(error.__cause__ or ""))
-        name = misspelt[1].split("@")[0]
-        if "." in name and key and key[1].startswith(name.rsplit(".", 1)[0]):
-            name = key[1]
-        return f"no setting called `{name}`{suggestion(name, _valid_keys(config_name))}"
-    if _out_of_memory(error):
-        text = f"out of device memory; lower data.micro_batch (the global batch stays). {text}"
+        valid = flat_keys(OmegaConf.to_container(compose(config_name)))
+        return f"no setting called `{misspelt[1]}`{suggestion(misspelt[1], valid)}"
     if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        text = f"{error.strerror}{where}"
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        text = re.sub(r"(full_key|object_type|reference_type)[:=] ?", r"\1 ", text)
-        if error.__cause__ is not None and str(error.__cause__) not in text:
-            text = f"{text}: {error.__cause__}"
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        text = f"{text}: {error.__cause__}"
     return " ".join((text or type(error).__name__).split())
 
 
@@ -190,49 +149,29 @@ def suggestion(name: str, valid: Iterable[str], otherwise: str = "; --help lists
     return f"; did you mean `{near[0]}`?" if near else otherwise
 
 
-def _explain_missing(error: MissingConfigException, config_name: str) -> str:
-    group, _, name = (error.missing_cfg_file or "").strip("/").partition("/")
-    if not name:
-        return " ".join(str(error).split())
-    folders = [*_config_dirs()[:-1], root() / "conf"]
-    files = {p.stem for folder in folders for p in (folder / group).glob("*.yaml")}
-    options = presets() if group == "experiments" else sorted(files)
+def _explain_missing(file: str, options: list[str]) -> str:
+    group, _, name = file.partition("/")
+    options = sorted({*options, *(presets() if group == "experiments" else [])})
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     hint = f"did you mean {group}={near[0]}? " if near else ""
     return f"{group}={name} does not exist; {hint}Choices of {group}: {', '.join(options) or 'none'}"
 
 
-def _config_dirs() -> list[Path]:
-    """root() and the user's own --config-dir, the folders that may hold experiments/."""
-    argv, own = sys.argv, []
-    for i, word in enumerate(argv):
-        if word in ("--config-dir", "-cd") and i + 1 < len(argv):
-            own.append(Path(argv[i + 1]))
-        elif word.startswith("--config-dir="):
-            own.append(Path(word.split("=", 1)[1]))
-    return [*own, root()]
-
-
 def presets() -> list[str]:
-    """Names of all presets, e.g. world_model/tiny: the shipped ones and those of --config-dir."""
-    found = set()
-    for folder in _config_dirs():
-        base = folder / "experiments"
-        found |= {p.relative_to(base).with_suffix("").as_posix() for p in base.rglob("*.yaml")}
-    return sorted(found)
+    """Names of the shipped presets, e.g. world_model/tiny."""
+    base = root() / "experiments"
+    return sorted(p.relative_to(base).with_suffix("").as_posix() for p in base.rglob("*.yaml"))
 
 
 def preset_file(name: str) -> Path:
-    """The YAML file of a preset. Raises FileNotFoundError."""
-    for folder in _config_dirs():
-        if (path := folder / "experiments" / f"{name}.yaml").is_file():
-            return path
-    raise FileNotFoundError(2, "no such preset", name)
+    """The YAML file of a shipped preset."""
+    return root() / "experiments" / f"{name}.yaml"
 
 
 def compose(config_name: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """The composed config outside of a Hydra job (lists of presets, tests, error messages)."""
+    """The composed config, whatever the command line says (lists of presets, tests, valid keys)."""
     setup()
+    GlobalHydra.instance().clear()  # else it refuses inside a job; Hydra's own run no longer needs it there
     with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
         return hydra.compose(config_name, list(overrides))
 
@@ -246,21 +185,9 @@ def flat_keys(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _valid_keys(config_name: str) -> list[str]:
-    """Keys that exist, under the group choices of this command line as far as those are valid."""
-    chosen = [a for a in sys.argv[1:] if re.fullmatch(r"[a-z_]+=[\w/]+", a)]
-    for overrides in (chosen, []):
-        try:
-            return flat_keys(OmegaConf.to_container(compose(config_name, overrides)))
-        except (HydraException, OmegaConfBaseException, ValueError):
-            continue
-    return []
-
-
 def check_keys(cfg: DictConfig, config_name: str) -> None:
     """Refuse top-level keys that a preset adds and conf/<config_name>.yaml lacks (Hydra lets them pass)."""
-    loader = GlobalHydra.instance().config_loader()
-    base = loader.load_configuration(config_name, overrides=[], run_mode=RunMode.RUN)
+    base = compose(config_name)
     for key in cfg:
         if key not in base:
             raise ValueError(f"no setting called `{key}`{suggestion(str(key), map(str, base))}")
@@ -271,14 +198,10 @@ def check_targets(cfg: Any, path: str = "") -> None:
 
     Raises ValueError naming the key that the constructor does not take, or the argument it misses.
     """
-    if isinstance(cfg, ListConfig):
-        for i, item in enumerate(cfg):
-            check_targets(item, f"{path}[{i}]")
     if not isinstance(cfg, DictConfig):
         return
     for key in cfg:
-        if not OmegaConf.is_missing(cfg, key):
-            check_targets(cfg[key], f"{path}.{key}" if path else str(key))
+        check_targets(cfg[key], f"{path}.{key}" if path else str(key))
     if not cfg.get("_target_"):
         return
     parameters = inspect.signature(hydra.utils.get_object(cfg._target_)).parameters

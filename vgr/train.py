@@ -6,7 +6,6 @@ vgr-train --list
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -43,18 +42,14 @@ def body(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig, run_dir: Path) -> None:
-    """Train cfg in run_dir, continuing what is found there, then validate and write validation.json.
+    """Train cfg in run_dir, continuing what is found there; the last step validates and saves.
 
     Raises ValueError or OSError, before a GPU is held, for settings, data and checkpoints that do not fit;
     FloatingPointError, naming the last good checkpoint, when loss or gradient stop being finite.
     """
-    import torch
-
     from vgr.training import checkpoints
 
     command.check_targets(cfg)
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # what this process may use, not what the box has
     config = OmegaConf.to_container(cfg, resolve=True)
     checkpoint = find_checkpoint(cfg.resume, run_dir)
     if checkpoint is not None:
@@ -64,19 +59,18 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     module, data, codec = build(cfg)
     if cfg.init_from is not None and checkpoint is None:
         load_initial(module, Path(cfg.init_from))
-    trainer, steps, batches = prepare_run(cfg, config, settings, run_dir, module, data, codec, checkpoint)
+    steps = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
     try:
-        fit(trainer, steps, module, data, checkpoint)
-        if steps.signal is not None:
-            print(f"stopped by signal {steps.signal}; the same command continues", file=sys.stderr)
-            sys.exit(128 + steps.signal)
-        final_validation(trainer, module, batches, run_dir)
+        fit(settings, steps, module, data)
     except FloatingPointError as error:
         good = checkpoints.latest(run_dir / "checkpoints")
         raise FloatingPointError(f"{error}; last good checkpoint: {good or 'none yet'}") from error
     finally:
-        for logger in trainer.loggers:
-            logger.close()
+        steps.record.close()
+    if steps.signal is not None:
+        print(f"stopped by signal {steps.signal}; the same command continues", file=sys.stderr)
+        sys.exit(128 + steps.signal)
+    print(f"trained {module.samples_seen} samples; run folder {run_dir}, validation {run_dir / 'validation.json'}")
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
@@ -84,17 +78,13 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     from vgr.training import checkpoints
 
     folder = run_dir / "checkpoints"
-    if resume is None:
-        if checkpoints.latest(folder) is not None:
-            raise ValueError(f"resume=null, but {run_dir} holds a run: remove that folder, or use resume=auto")
-        return None
-    if resume == "auto":
+    if resume is None and checkpoints.latest(folder) is not None:
+        raise ValueError(f"resume=null, but {run_dir} holds a run: remove that folder, or use resume=auto")
+    if resume in (None, "auto"):
         return checkpoints.latest(folder)
     chosen = checkpoints.resolve(Path(resume))
     if chosen.resolve().parent != folder.resolve():
         raise ValueError(f"resume={resume} is not a checkpoint of {run_dir}; init_from={resume} takes its weights only")
-    checkpoints.verify(chosen)
-    checkpoints.point_latest(chosen)
     return chosen
 
 
@@ -154,56 +144,34 @@ def load_initial(module: WorldModelTraining, path: Path) -> None:
 def prepare_run(
     cfg: DictConfig,
     config: dict[str, Any],
-    settings: dict[str, Any],
     run_dir: Path,
     module: WorldModelTraining,
     data: pl.LightningDataModule,
     codec: Any,
     checkpoint: Path | None,
-) -> tuple[pl.Trainer, callbacks.EveryStep, list[VideoBatch]]:
-    """The trainer with its loggers and the actions between steps; the run folder is made and rewound."""
+) -> callbacks.BetweenSteps:
+    """What happens between steps; makes the run folder, sets module, data and metrics to the checkpoint's position."""
     from hydra.utils import instantiate
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+    from vgr.data.files import write_text
     from vgr.training import callbacks, checkpoints, tracking
 
-    state = {"samples_seen": 0, "time_s": 0.0} if checkpoint is None else checkpoints.read_state(checkpoint)
-    module.samples_seen = state["samples_seen"]
     batches = data.val_batches(cfg.data.micro_batch)
     generator = generator_record(cfg, module, codec, batches[0])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    rank_zero_only(checkpoints.write_atomic)(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    metrics = tracking.JsonlLogger(run_dir / "metrics.jsonl", state["time_s"])
-    validated = (run_dir / "validation.json").is_file()
-
-    def keep(line: dict[str, Any]) -> bool:
-        final = line["samples_seen"] >= module.max_samples and "val/loss" in line
-        return line["samples_seen"] <= module.samples_seen and (validated or not final)
-
-    metrics.rewind(keep)
-    loggers: list[Any] = [metrics]
-    if cfg.logger is not None and cfg.logger.get("_target_"):
-        loggers.append(instantiate(cfg.logger))
-        loggers[-1].open(run_dir, config)
-    save = callbacks.SaveEvery(cfg.every.save, run_dir / "checkpoints", config, generator, metrics, cfg.keep)
-    validation = callbacks.ValidateEvery(cfg.every.validate, batches)
-    actions: list[callbacks.Action] = [callbacks.LogEvery(cfg.every.log), validation]
-    if cfg.every.sample:
-        write = sample_writer(cfg, codec, batches[0])
-        actions.append(callbacks.SampleEvery(cfg.every.sample, run_dir / "samples", write))
-    steps = callbacks.EveryStep([*actions, callbacks.Progress()], save, checkpoint)
-    trainer = instantiate(
-        settings,
-        logger=loggers,
-        callbacks=[steps],
-        max_epochs=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=str(run_dir),
+    state = {"samples_seen": 0, "time_s": 0.0} if checkpoint is None else checkpoints.read_state(checkpoint)
+    module.samples_seen = state["samples_seen"]
+    data.start_batch, data.total_batches = module.step, -(-module.max_samples // module.global_batch)
+    rank_zero_only(write_text)(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if checkpoint is not None:
+        rank_zero_only(checkpoints.point_latest)(checkpoint)
+    wandb_run = instantiate(cfg.logger, _partial_=True)(run_dir, config) if cfg.logger else None
+    record = tracking.Record(run_dir / "metrics.jsonl", state["time_s"], wandb_run)
+    record.rewind(module.samples_seen)
+    write = sample_writer(generator, codec, batches[0], cfg.seed)
+    return callbacks.BetweenSteps(
+        run_dir, checkpoint, record, cfg.every, cfg.keep, config, generator, batches, write
     )
-    return trainer, steps, batches
 
 
 def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -232,53 +200,39 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def fit(
-    trainer: pl.Trainer,
-    steps: callbacks.EveryStep,
-    module: WorldModelTraining,
-    data: pl.LightningDataModule,
-    checkpoint: Path | None,
+    settings: dict[str, Any], steps: callbacks.BetweenSteps, module: WorldModelTraining, data: pl.LightningDataModule
 ) -> None:
-    """The remaining steps, if any; else only the weights of the finished run are loaded."""
+    """The remaining steps, if any."""
     import warnings
 
-    from vgr.training import checkpoints
+    from hydra.utils import instantiate
 
-    total = -(-module.max_samples // module.global_batch)
-    data.start_batch, data.total_batches = module.step, total
-    if module.step >= total:
-        checkpoints.restore(checkpoint, module.weights(), module.ema_weights())
+    if data.start_batch >= data.total_batches:
         return
+    trainer = instantiate(
+        settings,
+        logger=False,
+        callbacks=[steps],
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(steps.run_dir),
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*")
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
         trainer.fit(module, datamodule=data)
 
 
-def final_validation(trainer: pl.Trainer, module: WorldModelTraining, batches: list[VideoBatch], run_dir: Path) -> None:
-    """Validate once more at the end, write validation.json, say where things are."""
-    from vgr.training import callbacks
-
-    path = run_dir / "validation.json"
-    if not path.is_file():
-        module.to(trainer.strategy.root_device)
-        result = callbacks.run_validation(trainer, module, batches)
-        callbacks.log(trainer, module, result.metrics())
-        if trainer.is_global_zero:
-            callbacks.write_validation(path, result)
-    if trainer.is_global_zero:
-        print(f"trained {module.samples_seen} samples; run folder {run_dir}, final validation {path}")
-
-
 def generator_record(cfg: DictConfig, module: WorldModelTraining, codec: Any, batch: VideoBatch) -> dict[str, Any]:
-    """generator.json: everything sampling needs beside the weights. Raises ValueError if data do not fit."""
-    _, channels, frames, height, width = batch.latents.shape
-    if channels != codec.channels:
-        raise ValueError(f"the shards hold {channels} channels, codec makes {codec.channels}: run vgr-prepare again")
+    """generator.json: everything sampling needs beside the weights."""
+    frames, height, width = batch.latents.shape[2:]
     parts = {"model": module.model, "text": module.text, "codec": codec}
-    named = {k: {"class": type(m).__name__, "config": m.config} for k, m in parts.items()}
     return {
         "format": 1,
-        **named,
+        **{k: {"class": type(m).__name__, "config": m.config} for k, m in parts.items()},
         "codec_fingerprint": codec.fingerprint,
         "fps": float(batch.fps[0]),
         "intrinsics": batch.cameras.intrinsics[0, 0].tolist(),
@@ -289,33 +243,26 @@ def generator_record(cfg: DictConfig, module: WorldModelTraining, codec: Any, ba
 
 
 def sample_writer(
-    cfg: DictConfig, codec: Any, batch: VideoBatch, clips: int = 4
+    record: dict[str, Any], codec: Any, batch: VideoBatch, seed: int, clips: int = 4
 ) -> Callable[[WorldModelTraining, Path], None]:
     """A function (module, path) that writes one video: held-out clips, truth left and averaged model right."""
-    import torch
+    import numpy as np
 
     from vgr.data.video import write_video
-    from vgr.diffusion import guidance, samplers, timesteps
-    from vgr.seeding import normal_like
+    from vgr.sample import Generator
     from vgr.types import Cameras
 
-    sigmas = timesteps.sigma_grid(cfg.sampling.steps, cfg.sampling.shift)
+    cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])
+    captions = batch.captions[:clips]
+    video = (codec.decode(batch.latents[:clips]).clamp(-1, 1) + 1) * 127.5
+    truth = video.round().byte().permute(0, 2, 3, 4, 1).numpy()
 
-    @torch.no_grad()
     def write(module: WorldModelTraining, path: Path) -> None:
-        text, model, device = module.ema["text"].eval(), module.ema["model"].eval(), module.device
-        truth = batch.latents[:clips].to(device)
-        cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips]).to(device)
-        captions = batch.captions[:clips]
-        cond = module.conditioning(text, captions, cameras, batch.shot[:clips].to(device))
-        null = text(tuple(("",) * len(shots) for shots in captions))
-        denoiser = guidance.guided(model, cfg.sampling.guidance, null)
-        noise = normal_like(truth, cfg.seed, "samples", torch.arange(len(captions)))
-        made = samplers.euler(denoiser, noise, cond, sigmas, first_frame=truth[:, :, :1])
-        pairs = [codec.to(device).decode(x.float()) for x in (truth, made)]
-        video = torch.cat([torch.cat(list(p), dim=2) for p in pairs], dim=3)  # clips below each other
-        frames = ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
-        write_video(path, frames.cpu().numpy(), float(batch.fps[0]))
+        parts = {**module.ema, "codec": codec}
+        generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
+        made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))])
+        pairs = np.concatenate([truth, made], axis=3)
+        write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])  # clips below each other
 
     return write
 

@@ -31,7 +31,7 @@ if sys.argv[1] == "save":
     optimizer.step()
     average = {k: v * 2 for k, v in model.state_dict().items()}
     parts = {"weights": weights, "ema": average, "optimizer": checkpoints.optimizer_tensors(model, optimizer)}
-    checkpoints.save(folder, 1, parts, {"samples_seen": 1, "val_loss": None}, {})
+    checkpoints.save(folder, 1, parts, {"samples_seen": 1}, {})
 else:
     checkpoints.verify(checkpoints.latest(folder))
     checkpoints.restore(checkpoints.latest(folder), weights, average, model, optimizer)

@@ -34,3 +34,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file so that a crash leaves either the old or the new content. Raises OSError."""
+    with atomic(path) as file:
+        file.write(text.encode())

@@ -3,7 +3,7 @@
     checkpoints/latest                 the name of the newest complete checkpoint
     checkpoints/step_00000120/
         manifest.json                  format version, size and sha256 of every other file
-        state.json                     samples_seen, resolved configuration, seconds spent, validation loss
+        state.json                     samples_seen, resolved configuration, seconds spent
         generator.json                 what sampling needs to rebuild model, text encoder and codec
         weights/ ema/ optimizer/       tensors, sharded by rank, loadable at any world size
 
@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from vgr.data.files import sync_folder, write_text
+
 FORMAT = 1
-_PARTS = ("weights", "ema", "optimizer")
-
-
-def write_atomic(path: Path, data: str) -> None:
-    """Write a text file so that a crash leaves either the old or the new content. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
@@ -59,34 +41,21 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _first_rank() -> bool:
-    return not _distributed() or dist.get_rank() == 0
-
-
 def _barrier() -> None:
     if _distributed():
         dist.barrier()
 
 
-def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def _dcp(call: Callable[..., Any], tensors: dict[str, Tensor], alone: bool = False, **storage: Any) -> None:
+    """dcp.save or dcp.load, on one process as well; `alone` leaves the other ranks out."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        try:
-            dcp.save(tensors, storage_writer=writer, no_dist=not _distributed())
-        except dcp.api.CheckpointException as error:  # a full disk arrives wrapped, one failure a rank
-            for failure, _trace in error.failures.values():
-                if isinstance(failure, OSError):
-                    raise failure from None
-            raise
+        call(tensors, no_dist=alone or not _distributed(), **storage)
 
 
-def _load_tensors(tensors: dict[str, Tensor], folder: Path, *, alone: bool = False) -> None:
-    """Fill the given tensors (plain or DTensor) in place; `alone` reads without the other ranks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        dcp.load(tensors, storage_reader=reader, no_dist=alone or not _distributed())
+def _load_tensors(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
+    """Fill the given tensors (plain or DTensor) in place."""
+    _dcp(dcp.load, tensors, alone, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
 def _stored_tensors(folder: Path) -> dict[str, Any]:
@@ -109,8 +78,6 @@ def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, fold
     tensors: dict[str, Tensor] = {}
     for key, stored in _stored_tensors(folder).items():
         name, _, slot = key.rpartition(":")
-        if name not in parameters:
-            raise ValueError(f"{folder}: optimizer state of `{name}`, which this model does not have")
         p = parameters[name]
         scalar = len(stored.size) == 0  # AdamW's step count; the fused kernel wants it beside the parameter
         tensors[key] = torch.zeros((), device=p.device) if scalar else torch.zeros_like(p.detach())
@@ -124,31 +91,35 @@ def save(
     tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     generator: dict[str, Any],
+    keep: int = 2,
 ) -> Path:
     """Write checkpoints/step_<step> under `folder` and point `latest` to it; all ranks call this together.
 
-    tensors: one dict (plain or DTensor values) for each of weights, ema, optimizer. Raises OSError, for
-    example on a full disk, with the previous checkpoint untouched and nothing half-written left.
+    tensors: one dict (plain or DTensor values) for each of weights, ema, optimizer; the newest `keep`
+    checkpoints stay. Raises OSError, for example on a full disk, with the previous checkpoint untouched and
+    nothing half-written left.
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".saving_{final.name}"
-    if latest(folder) == final:
-        return final
+    first_rank = not _distributed() or dist.get_rank() == 0
     try:
-        if _first_rank():
+        if first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         _barrier()
-        for part in _PARTS:
-            if tensors.get(part):
-                _save_tensors(tensors[part], temporary / part)
+        for part in filter(tensors.get, tensors):
+            writer = dcp.HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)
+            _dcp(dcp.save, tensors[part], storage_writer=writer)
         _barrier()
-        if _first_rank():
+        if first_rank:
             _publish(temporary, final, state, generator)
+            _prune(final, keep)
         _barrier()
-    except OSError:
+    except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        failures = [failure for failure, _trace in getattr(error, "failures", {}).values()]
+        # A full disk arrives wrapped, one failure a rank.
+        raise next((f for f in failures if isinstance(f, OSError)), error) from None
     return final
 
 
@@ -162,18 +133,25 @@ def _publish(temporary: Path, final: Path, state: dict[str, Any], generator: dic
         name = path.relative_to(temporary).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     for path in temporary.rglob("*/"):
-        _sync_folder(path)
-    write_atomic(temporary / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync_folder(path)
+    write_text(temporary / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
     if final.exists():  # a complete folder that an interrupted run never pointed to
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     point_latest(final)
+
+
+def _prune(newest: Path, keep: int) -> None:
+    for path in sorted(p for p in newest.parent.glob("step_*") if p.name <= newest.name)[:-keep]:
+        doomed = path.with_name(f".removing_{path.name}")  # never a half-removed folder under a good name
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def point_latest(checkpoint: Path) -> None:
     """Make `checkpoint` the one that `resume: auto` continues from."""
-    write_atomic(checkpoint.parent / "latest", checkpoint.name + "\n")
+    write_text(checkpoint.parent / "latest", checkpoint.name + "\n")
 
 
 def latest(folder: Path) -> Path | None:
@@ -235,7 +213,7 @@ def resolve(path: Path) -> Path:
     for folder in (path, path / "checkpoints"):
         if (folder / "latest").is_file():
             return latest(folder)
-    if (path / "manifest.json").is_file() or path.name.startswith("step_") and path.is_dir():
+    if (path / "manifest.json").is_file():
         return path
     raise FileNotFoundError(2, "no checkpoint here; give a run folder or a step_XXXXXXXX folder", str(path))
 
@@ -250,20 +228,25 @@ def read_generator(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "generator.json").read_text())
 
 
-def read_weights(checkpoint: Path, part: str = "ema", prefix: str = "") -> dict[str, Tensor]:
-    """Whole tensors of `weights` or `ema` on the CPU, names stripped of `prefix` ("model." or "text.").
-
-    The checkpoint is verified first (ValueError naming the file).
-    """
+def read_weights(checkpoint: Path, part: str = "ema") -> dict[str, Tensor]:
+    """Whole tensors of `weights` or `ema` on the CPU; the checkpoint is verified first (ValueError)."""
     verify(checkpoint)
-    folder = checkpoint / part
-    tensors = {
-        name: torch.empty(tuple(stored.size), dtype=stored.properties.dtype)
-        for name, stored in _stored_tensors(folder).items()
-        if name.startswith(prefix)
-    }
-    _load_tensors(tensors, folder, alone=True)
-    return {name[len(prefix) :]: value for name, value in tensors.items()}
+    stored = _stored_tensors(checkpoint / part)
+    tensors = {name: torch.empty(tuple(x.size), dtype=x.properties.dtype) for name, x in stored.items()}
+    _load_tensors(tensors, checkpoint / part, alone=True)
+    return tensors
+
+
+def weights_hash(checkpoint: Path, part: str = "ema") -> str:
+    """sha256 of the sorted names, dtypes, shapes and bytes of a verified part (ValueError if damaged).
+
+    Equal weights have equal hashes, which their files, with headers in any order and sharded by rank, have not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_weights(checkpoint, part).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def restore(
@@ -281,7 +264,7 @@ def restore(
         stored = {name: info.size for name, info in _stored_tensors(checkpoint / part).items()}
         match(tensors, stored, checkpoint / part)
         _load_tensors(tensors, checkpoint / part)
-    if optimizer is not None and (checkpoint / "optimizer").is_dir():
+    if optimizer is not None:
         _restore_optimizer(module, optimizer, checkpoint / "optimizer")
 
 
@@ -294,21 +277,4 @@ def match(tensors: dict[str, Tensor], stored: dict[str, Sequence[int]], where: P
         if name in stored and tuple(tensors[name].shape) != tuple(stored[name])
     ]
     if named:
-        count = f"{len(named)} differences"
-        raise ValueError(f"{where} does not fit this model: {'; '.join(named[:3])} ({count})")
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove old checkpoints: the newest `keep`, the pointed-to and the one of least validation loss stay."""
-    current = latest(folder)
-    if not _first_rank() or current is None:
-        return
-    complete = [p for p in sorted(folder.glob("step_*")) if p.name <= current.name]
-    losses = {p: read_state(p).get("val_loss") for p in complete}
-    scored = {p: loss for p, loss in losses.items() if loss is not None}
-    best = min(scored, key=scored.get) if scored else None
-    for path in complete[:-keep]:
-        if path not in (best, current):
-            doomed = path.with_name(f".removing_{path.name}")  # never a half-removed folder under a good name
-            os.rename(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        raise ValueError(f"{where} does not fit this model: {'; '.join(named[:3])} ({len(named)} differences)")

@@ -57,7 +57,7 @@ def body(cfg: DictConfig) -> None:
         raise ValueError("data=null and the checkpoint names no validation shards; give data=<val shards folder>")
     page = bench(
         protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None,
-        run_dir=run_dir, batch=cfg.batch_size, title=cfg.title,
+        run_dir=run_dir, batch=cfg.batch_size,
     )  # fmt: skip
     print(page)
 
@@ -96,7 +96,6 @@ def bench(
     shards: Any = None,
     run_dir: Path | None = None,
     batch: int = 8,
-    title: str | None = None,
 ) -> Path:
     """Make what is missing, measure all rows, write results; returns the page's path.
 
@@ -125,7 +124,7 @@ def bench(
     total = len(keys) * len(sets) + (len(reference.keys) if reference else 0)
     with progress(total, "measuring") as done:
         found, per_video = results.measure(protocol, sets, keys, frames, reference, done)
-    found = {"format": 1, "title": title, **environment(), **found}
+    found = {"format": 1, **environment(), **found}
     results.write(out, found, per_video)
     return page.write(out / "report.html", run_dir, found, sets)
 

@@ -118,10 +118,11 @@ def estimator():
 
 @pytest.fixture(scope="module")
 def finished(world, estimator, tmp_path_factory):
-    out, run = tmp_path_factory.mktemp("bench") / "test", tmp_path_factory.mktemp("run")
+    out, run = tmp_path_factory.mktemp("bench") / "test", tmp_path_factory.mktemp("run") / "<b>bold<" / "b>"
+    run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"samples_seen": 784, "train/loss": 1.0}\n')
     (run / "config.yaml").write_text("note: </pre><script>alert(2)</script>\n")
-    page = bench_.bench(PROTOCOL, out, generator=Turner(), shards=world, run_dir=run, batch=4, title="<b>bold</b>")
+    page = bench_.bench(PROTOCOL, out, generator=Turner(), shards=world, run_dir=run, batch=4)
     return out, json.loads((out / "results.json").read_text()), page
 
 
@@ -181,7 +182,7 @@ def test_page_is_whole_escaped_and_offline(finished):
     assert html.count("data:video/mp4;base64,") == 6 * 5 and (out / "contact_sheet.png").stat().st_size > 1000
     assert "<script>alert" not in html and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; a wall" in html
     assert "&lt;script&gt;alert(2)&lt;/script&gt;" in html and "784 training clips" in html
-    assert "<b>bold</b>" not in html and "&lt;b&gt;bold&lt;/b&gt;" in html
+    assert "<b>bold</b>" not in html and "<h1>&lt;b&gt;bold&lt;/b&gt;</h1>" in html
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", html) and "default-src 'none'" in html
     assert "http://" not in html and "https://" not in html and len(html) < 15_000_000
 

@@ -125,6 +125,20 @@ def window_features(
     return np.array([features.clip_features(shuffle.permutation(w) if shuffle else w) for w in windows])
 
 
+def reference_features(
+    videos: VideoSet, frames: int, settings: dict[str, Any], done: Callable[[int], None]
+) -> list[Array]:
+    """`window_features` of every true video that Frechet distances compare with."""
+
+    def one(key: str) -> Array:
+        table = window_features(videos.video(key, frames)[0], settings)
+        done(1)
+        return table
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, videos.keys))
+
+
 def pose_values(video: NDArray[np.uint8], paths: Sequence[Path]) -> list[dict[str, float]]:
     """The camera errors of one video against each (c2w, intrinsics); the flow is read once, with the first's."""
     from vgr.metrics.egomotion import flow_rotation, score_motion

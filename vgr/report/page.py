@@ -74,8 +74,8 @@ def _document(title: str, body: str) -> str:
 
 
 def _title(run_dir: Path | None, results: dict[str, Any]) -> str:
-    if results["title"] or not run_dir:
-        return str(results["title"] or results["made_by"].get("name") or "Videos")
+    if run_dir is None:
+        return str(results["made_by"].get("name") or "Videos")
     parts = run_dir.resolve().parts
     parts = parts[parts.index("runs") + 1 :] if "runs" in parts else parts[-2:]
     return "/".join(parts).replace("/seed", ", seed ")

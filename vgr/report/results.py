@@ -43,10 +43,7 @@ def measure(
             measured[row] = m.measure_set(videos, keys, frames, protocol, truth=truth, cameras=paths, done=done)
     known = None
     if reference is not None and frames > protocol["frechet"]["window_frames"]:
-        known = []
-        for key in reference.keys:
-            known.append(m.window_features(reference.video(key, frames)[0], protocol))
-            done(1)
+        known = m.reference_features(reference, frames, protocol, done)
         checks["frame_order"] = m.check_frame_order(truth, measured["truth"], frames, known, protocol)
     rows = m.summarize(measured, protocol, known, failed)
     info = sets["model"].info
@@ -72,12 +69,11 @@ def measure(
         "curves": m.curves(measured),
         "unavailable": _unavailable(rows["model"], truth is None, known is None, any(paths.values())),
     }
-    per_video = [
+    return found, [
         {"row": row, "key": v.key, **{k: m.number(x) for k, x in v.values.items()}}
         for row, videos in measured.items()
         for v in videos
     ]
-    return found, per_video
 
 
 def write(out: Path, found: dict[str, Any], per_video: list[dict[str, Any]]) -> None:

@@ -104,13 +104,6 @@ def make_rows(
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
         return generator(first, Cameras(c2w, intrinsics), tuple(c.captions for c in group), seeds)
 
-    def round_trip(group: list[Clip]) -> Frames:
-        video = np.stack([truth.video(c.key, frames)[0] for c in group])
-        x = torch.from_numpy(video).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        with torch.inference_mode():
-            x = generator.codec.decode(generator.codec.encode(x.to(generator.device)))
-        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-
     source = {"codec": generator.codec.fingerprint, "truth": truth.info["fingerprint"], "frames": frames}
     by = {
         **source, "name": generator.name, "weights": generator.weights_hash, "sampling": generator.sampling,
@@ -120,7 +113,7 @@ def make_rows(
     others = [c._replace(c2w=o.c2w, intrinsics=o.intrinsics) for c, o in zip(clips, turned)]
     rows = {}
     for row, made_by, asked, make in (
-        ("codec", source, clips, round_trip),
+        ("codec", source, clips, lambda group: _round_trip(generator, truth, group, frames)),
         ("model", by, clips, lambda group: generate(group)[0]),
         ("swapped", by, others, lambda group: generate(group)[0]),
     ):
@@ -141,6 +134,16 @@ def frozen_row(out: Path, truth: VideoSet, clips: list[Clip], frames: int, batch
 
     made_by = {"row": "frozen", "truth": truth.info["fingerprint"], "frames": frames}
     return fill_set(out / "frozen", made_by, float(truth.info["fps"]), clips, repeat, batch=batch, done=done)
+
+
+def _round_trip(generator: Any, truth: VideoSet, group: list[Clip], frames: int) -> Frames:
+    import torch
+
+    video = np.stack([truth.video(c.key, frames)[0] for c in group])
+    x = torch.from_numpy(video).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    with torch.inference_mode():
+        x = generator.codec.decode(generator.codec.encode(x.to(generator.device)))
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def _clip(shards: Any, key: str) -> Clip:

@@ -127,10 +127,14 @@ def explain(error: BaseException, config_name: str) -> str:
     """One line saying what is wrong and, for misspelt keys and presets, what was probably meant."""
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _explain_missing(error.missing_cfg_file, error.options or [])
+        group, _, name = error.missing_cfg_file.partition("/")
+        options = sorted({*(error.options or []), *(presets() if group == "experiments" else [])})
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+        hint = f"did you mean {group}={near[0]}? " if near else ""
+        return f"{group}={name} does not exist; {hint}Choices of {group}: {', '.join(options) or 'none'}"
     misspelt = re.search(r"Could not override '([^'@]+)", text) or re.search(r"Key '([^']+)' is not in", text)
     if misspelt:
-        valid = flat_keys(OmegaConf.to_container(compose(config_name)))
+        valid = flat(OmegaConf.to_container(compose(config_name)))
         return f"no setting called `{misspelt[1]}`{suggestion(misspelt[1], valid)}"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -147,14 +151,6 @@ def suggestion(name: str, valid: Iterable[str], otherwise: str = "; --help lists
         last = {key.rsplit(".", 1)[-1]: key for key in valid}
         near = [last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
     return f"; did you mean `{near[0]}`?" if near else otherwise
-
-
-def _explain_missing(file: str, options: list[str]) -> str:
-    group, _, name = file.partition("/")
-    options = sorted({*options, *(presets() if group == "experiments" else [])})
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    hint = f"did you mean {group}={near[0]}? " if near else ""
-    return f"{group}={name} does not exist; {hint}Choices of {group}: {', '.join(options) or 'none'}"
 
 
 def presets() -> list[str]:
@@ -176,13 +172,14 @@ def compose(config_name: str, overrides: Iterable[str] = ()) -> DictConfig:
         return hydra.compose(config_name, list(overrides))
 
 
-def flat_keys(node: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of all nodes of a nested dict."""
-    keys: list[str] = []
-    if isinstance(node, dict):
-        for key, value in node.items():
-            keys += [f"{prefix}{key}", *flat_keys(value, f"{prefix}{key}.")]
-    return keys
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All nodes of a nested dict, inner ones too, by dotted key."""
+    found = {}
+    for key, value in node.items():
+        found[f"{prefix}{key}"] = value
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+    return found
 
 
 def check_keys(cfg: DictConfig, config_name: str) -> None:

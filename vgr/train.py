@@ -47,6 +47,8 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     Raises ValueError or OSError, before a GPU is held, for settings, data and checkpoints that do not fit;
     FloatingPointError, naming the last good checkpoint, when loss or gradient stop being finite.
     """
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
     from vgr.training import checkpoints
 
     command.check_targets(cfg)
@@ -70,7 +72,8 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     if steps.signal is not None:
         print(f"stopped by signal {steps.signal}; the same command continues", file=sys.stderr)
         sys.exit(128 + steps.signal)
-    print(f"trained {module.samples_seen} samples; run folder {run_dir}, validation {run_dir / 'validation.json'}")
+    if rank_zero_only.rank == 0:
+        print(f"trained {module.samples_seen} samples; run folder {run_dir}, validation {run_dir / 'validation.json'}")
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
@@ -90,18 +93,11 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
 
 def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
     """ValueError naming every setting that would change results and differs from the run's own."""
-
-    def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        return {k: v for name, x in node.items() for k, v in leaves(x, f"{prefix}.{name}".strip(".")).items()}
-
-    old, new = leaves(saved), leaves(now)
-    different = [
-        f"{key} (was {old.get(key, 'unset')}, is {new.get(key, 'unset')})"
-        for key in sorted(old.keys() | new.keys())
-        if command.changes_results(key) and old.get(key, "unset") != new.get(key, "unset")
-    ]
+    different = []
+    for key in sorted((old := command.flat(saved)).keys() | (new := command.flat(now)).keys()):
+        was, is_ = old.get(key, "unset"), new.get(key, "unset")
+        if command.changes_results(key) and was != is_ and not isinstance(was, dict) and not isinstance(is_, dict):
+            different.append(f"{key} (was {was}, is {is_})")
     if different:
         raise ValueError(
             f"{checkpoint} was made with other settings: {', '.join(different)}. Restore them, or remove the run"
@@ -135,10 +131,8 @@ def load_initial(module: WorldModelTraining, path: Path) -> None:
 
     checkpoint = checkpoints.resolve(path)
     stored = checkpoints.read_weights(checkpoint)
-    for own in (module.weights(), module.ema_weights()):
-        checkpoints.match(own, {k: v.shape for k, v in stored.items()}, checkpoint)
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+    checkpoints.match(module.weights(), {k: v.shape for k, v in stored.items()}, checkpoint)
+    module.load_state_dict(stored | {f"ema.{name}": tensor for name, tensor in stored.items()})
 
 
 def prepare_run(
@@ -283,11 +277,9 @@ def preset_table() -> str:
         memory = header.get("Memory") or f"about {parameters * 20 / 2**30:.2f} GiB and activations (estimated)"
         rows.append(
             f"experiments={name}\n"
-            f"  parameters {parameters / 1e6:.1f} M   devices {header.get('Hardware', cfg.trainer.devices)}"
-            f"   memory {memory}\n"
-            f"  needs {header.get('Needs', 'nothing beyond the install')}"
-            f"   hours {header.get('Hours', 'not measured')}\n"
-            f"  {header.get('Question', '')}"
+            f"  parameters {parameters / 1e6:.1f} M   devices {header['Hardware']}   memory {memory}\n"
+            f"  needs {header['Needs']}   hours {header['Hours']}\n"
+            f"  {header['Question']}"
         )
     return "\n".join(rows)
 

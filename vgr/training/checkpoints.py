@@ -2,7 +2,7 @@
 
     checkpoints/latest                 the name of the newest complete checkpoint
     checkpoints/step_00000120/
-        manifest.json                  format version, size and sha256 of every other file
+        manifest.json                  format version and sha256 of every other file
         state.json                     samples_seen, resolved configuration, seconds spent
         generator.json                 what sampling needs to rebuild model, text encoder and codec
         weights/ ema/ optimizer/       tensors, sharded by rank, loadable at any world size
@@ -130,8 +130,7 @@ def _publish(temporary: Path, final: Path, state: dict[str, Any], generator: dic
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
         with open(path, "rb") as f:
             os.fsync(f.fileno())
-        name = path.relative_to(temporary).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(temporary).as_posix()] = {"sha256": _sha256(path)}
     for path in temporary.rglob("*/"):
         sync_folder(path)
     write_text(temporary / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
@@ -155,14 +154,9 @@ def point_latest(checkpoint: Path) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that `<folder>/latest` names, None before the first save; ValueError if it is gone."""
+    """The checkpoint that `<folder>/latest` names, None before the first save."""
     pointer = folder / "latest"
-    if not pointer.is_file():
-        return None
-    checkpoint = folder / Path(pointer.read_text().strip()).name
-    if not checkpoint.is_dir():
-        raise ValueError(f"{pointer} names {checkpoint.name}, which is missing.{_previous_good(checkpoint)}")
-    return checkpoint
+    return folder / Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -181,17 +175,13 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
         if _sha256(path) != expected["sha256"]:
-            return f"{path} does not have the sha256 of its manifest"
+            return f"{path} is damaged, its sha256 is not that of the manifest"
     return None
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise FileNotFoundError or ValueError naming the damaged file and the previous good checkpoint."""
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(2, "no such checkpoint folder", str(checkpoint))
+    """Raise ValueError naming a missing or damaged file and the previous good checkpoint."""
     problem = damage(checkpoint)
     if problem:
         raise ValueError(f"checkpoint cannot be used: {problem}.{_previous_good(checkpoint)}")

@@ -16,6 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from vgr.diffusion import flow, timesteps
 from vgr.geometry.cameras import group_by_latent
@@ -88,9 +89,6 @@ class WorldModelTraining(pl.LightningModule):
         super().__init__()
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"training.schedule={schedule}: choose constant or cosine")
-        for key, value in (("text_dropout", text_dropout), ("camera_dropout", camera_dropout)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"training.{key}={value}: a probability lies between 0 and 1")
         self.model, self.text = model, text
         average = {"model": copy.deepcopy(model), "text": copy.deepcopy(text)}
         self.ema = nn.ModuleDict(average).requires_grad_(False)
@@ -210,23 +208,17 @@ class WorldModelTraining(pl.LightningModule):
         """Run the batch again and name the first module whose output is not finite."""
         if not batch.latents.isfinite().all() or not batch.cameras.c2w.isfinite().all():
             return "the sample itself (latents or cameras)"
+        names = {module: name for name, module in self.named_modules()}
         found: list[str] = []
 
-        def watch(name: str) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                first = output[0] if isinstance(output, tuple) else output
-                if not found and isinstance(first, Tensor) and not first.isfinite().all():
-                    found.append(f"the output of `{name}`")
+        def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and not first.isfinite().all():
+                found.append(names.get(module, type(module).__name__))
 
-            return hook
-
-        watched = [(n, m) for n, m in self.named_modules() if n.startswith(("model", "text"))]
-        hooks = [m.register_forward_hook(watch(n)) for n, m in watched]
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context(), register_module_forward_hook(watch):
             self._sample_losses(batch)
-        for hook in hooks:
-            hook.remove()
-        return found[0] if found else "the loss"
+        return f"the output of `{found[0]}`" if found else "the loss"
 
     @torch.no_grad()
     def validate(self, batches: Sequence[VideoBatch]) -> Validation:

@@ -80,6 +80,14 @@ class Layout:
         zeros = torch.zeros(frames, dtype=torch.int64, device=device)
         return Layout(torch.arange(frames, device=device), zeros, zeros, zeros.expand(batch, frames))
 
+    @staticmethod
+    def chunked(batch: int, frames: int, chunk: int, device: torch.device | str = "cpu") -> Layout:
+        """Frames in chunks of `chunk`, the first one a frame longer, a short rest joined to the last (spec 3.8)."""
+        whole = Layout.whole(batch, frames, device)
+        count = max(1, (frames - 1) // chunk)
+        index = ((whole.position - 1).clamp_min(0) // chunk).clamp_max(count - 1)
+        return dataclasses.replace(whole, chunk=index)
+
     def frames(self, a: int, b: int) -> Layout:
         return Layout(self.position[a:b], self.chunk[a:b], self.role[a:b], self.shot[:, a:b])
 

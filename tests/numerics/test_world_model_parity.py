@@ -42,10 +42,10 @@ def test_gradients_equal_port():
         (ours(x_ours, inputs.t, inputs.cond)[0] * weight).sum().backward()
     assert (x_ours.grad - x_port.grad).norm() < 1e-5 * x_port.grad.norm()
     # The port's gradients travel through the same renaming as its weights.
-    from vgr.models.world_model import _from_diffusers
+    from vgr.models.world_model_weights import from_diffusers
 
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in port.named_parameters()}
-    _, expected = _from_diffusers(dict(port.config), grads)
+    _, expected = from_diffusers(dict(port.config), grads)
     ours_grads = {n: p.grad for n, p in ours.named_parameters()}
     assert ours_grads.keys() == expected.keys()
     for name, grad in ours_grads.items():

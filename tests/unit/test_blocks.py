@@ -2,15 +2,17 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
-from vgr.nn.attention import CrossAttention, DualAttention, padded_head_dim
+from vgr.nn.attention import CrossAttention, padded_head_dim
 from vgr.nn.camera import cell_directions, limit_rms, pluecker_tokens, ray_transforms, transform_groups
 from vgr.nn.embed import sinusoid
 from vgr.nn.ffn import ConvFeedForward
 from vgr.nn.rope import axis_pairs, rope_table, rotate
+from vgr.nn.temporal import mix_frames, symmetric_filter
 
 
 def _poses(count, seed=0):
@@ -122,23 +124,60 @@ def test_feed_forward_equals_convolutions_on_images():
     z = F.conv2d(value * F.silu(gate), ffn.project.weight[..., None, None])
     z = z.reshape(2, 3, 8, 12).transpose(1, 2)  # B,C,T,S
     expected = (z + F.conv2d(z, ffn.temporal.weight, padding=(1, 0))).permute(0, 2, 3, 1)
-    torch.testing.assert_close(ffn(x, 3, 4), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ffn(x, 3, 4, (3,))[0], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_key_filter_is_causal_plus_anticausal_minus_centre():
-    attention = DualAttention(16, 2, "gdn", 4, False, False, None, None)
-    taps = torch.randn(16, 1, 4, generator=torch.Generator().manual_seed(0))
-    k = torch.randn(1, 6, 3, 16, generator=torch.Generator().manual_seed(1))
+def test_long_clips_are_split_without_effect(monkeypatch):
+    ffn = ConvFeedForward(8, 2.0)
+    x = torch.randn(2, 5, 12, 8, generator=torch.Generator().manual_seed(0))
+    whole = ffn(x, 3, 4, (5,))[0]
+    monkeypatch.setattr("vgr.nn.ffn._MAX_ELEMENTS", 3 * 12 * 32)
+    torch.testing.assert_close(ffn(x, 3, 4, (5,))[0], whole)
 
-    def causal(k):
-        out = torch.zeros_like(k)
-        for t in range(6):
-            for j in range(min(t, 3) + 1):
-                out[:, t] += taps[:, 0, 3 - j] * k[:, t - j]
-        return out
 
-    expected = causal(k) + causal(k.flip(1)).flip(1) - taps[:, 0, 3] * k
-    torch.testing.assert_close(attention._temporal(k, taps), expected, atol=1e-5, rtol=1e-4)
+def _filter_reference(k, taps, chunks, before, isolated):
+    """Spec 3.1 and 3.8 frame by frame: sum over the frames within reach that may be read."""
+    reach, offset = taps.shape[-1] - 1, 0 if before is None else before.shape[1]
+    frames = k if before is None else torch.cat([before, k], 1)
+    owner = [-1] * offset + [i for i, n in enumerate(chunks) for _ in range(n)]
+    out = torch.zeros_like(k)
+    for t in range(k.shape[1]):
+        for u in range(frames.shape[1]):
+            distance = u - offset - t
+            own = owner[u] == owner[t + offset]
+            if abs(distance) <= reach and (own or (distance < 0 and not isolated)):
+                out[:, t] += taps[:, 0, reach - abs(distance)] * frames[:, u]
+    return out
+
+
+@pytest.mark.parametrize("chunks", [(6,), (1,), (4, 2), (1, 3, 2), (2, 2, 2)])
+@pytest.mark.parametrize("remembered", [False, True])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_key_filter_reads_the_past_and_its_own_chunk(chunks, remembered, isolated):
+    g = torch.Generator().manual_seed(0)
+    taps, k = torch.randn(16, 1, 4, generator=g), torch.randn(1, sum(chunks), 3, 16, generator=g)
+    before = torch.randn(1, 3, 3, 16, generator=g) if remembered else None
+    expected = _filter_reference(k, taps, chunks, before, isolated)
+    torch.testing.assert_close(symmetric_filter(k, taps, chunks, before, isolated), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [(5,), (1,), (3, 2), (1, 2, 2)])
+@pytest.mark.parametrize("remembered", [False, True])
+def test_frame_mixing_ends_with_the_chunk(chunks, remembered):
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(4, 4, 3, 1, generator=g), torch.randn(2, sum(chunks), 3, 4, generator=g)
+    before = torch.randn(2, 1, 3, 4, generator=g) if remembered else None
+    edge = torch.zeros(2, 1, 3, 4)
+    frames = torch.cat([edge if before is None else before, x, edge], 1)
+    ends = {sum(chunks[: i + 1]) - 1 for i in range(len(chunks))}
+    expected = torch.stack(
+        [
+            sum(frames[:, t + j] @ weight[:, :, j, 0].T for j in range(2 if t in ends else 3))
+            for t in range(x.shape[1])
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(mix_frames(x, weight, chunks, before), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_padded_head_dim():

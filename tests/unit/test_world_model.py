@@ -122,7 +122,7 @@ def test_wrong_input_is_named():
         model(x[:, :3], t, cond)
     with pytest.raises(ValueError, match="cameras must hold 2 latent frames of 4"):
         model(x[:, :, :2], t[:, :2], cond)
-    with pytest.raises(ValueError, match="keeps no state"):
+    with pytest.raises(ValueError, match="new_state"):
         model(x, t, cond, commit=True)
     with pytest.raises(ValueError, match="multiple of 8"):
         WorldModel(width=40, heads=4)

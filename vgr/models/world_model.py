@@ -6,6 +6,7 @@ Notation: tokens (B,T,S,D), S = H*W cells of a latent frame, one time per latent
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgr.models import weights, world_model_weights
-from vgr.nn.attention import CameraFrames, CrossAttention, DualAttention
+from vgr.nn.attention import CameraFrames, Chunks, CrossAttention, DualAttention, Memory
 from vgr.nn.camera import pluecker_tokens, ray_transforms
 from vgr.nn.embed import sinusoid
 from vgr.nn.ffn import ConvFeedForward
 from vgr.nn.norm import RMSNorm, modulated_norm
 from vgr.nn.rope import axis_pairs, rope_table
 from vgr.types import Conditioning
+
+# Of attention, and the feed-forward's last frame before its temporal mixing.
+BlockMemory = tuple[Memory, Tensor]
 
 
 class Block(nn.Module):
@@ -45,21 +49,56 @@ class Block(nn.Module):
         pluecker: Tensor | None,
         text: Tensor,
         text_mask: Tensor,
-    ) -> Tensor:
+        chunks: Chunks,
+        memory: BlockMemory | None,
+    ) -> tuple[Tensor, BlockMemory]:
+        past, before = (None, None) if memory is None else memory
         m = (modulation + self.scale_shift_table).unsqueeze(3)  # (B,T,6,1,D)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = m.unbind(2)
-        x = torch.addcmul(x, gate_a, self.attn(modulated_norm(x, shift_a, scale_a), table, camera).float())
+        mixed, past = self.attn(modulated_norm(x, shift_a, scale_a), table, camera, chunks, past)
+        x = torch.addcmul(x, gate_a, mixed.float())
         if pluecker is not None:
             x = x + self.plucker_proj(pluecker)
         x = x + self.cross_attn(x, text, text_mask)
-        return torch.addcmul(x, gate_f, self.mlp(modulated_norm(x, shift_f, scale_f), *grid).float())
+        mixed, before = self.mlp(modulated_norm(x, shift_f, scale_f), *grid, chunks.sizes, before)
+        return torch.addcmul(x, gate_f, mixed.float()), (past, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldModelState:
+    """What a world model remembers of the chunks committed so far; opaque to callers.
+
+    blocks: one memory a block, None before the first commit; frames, chunk: latent frames and chunks committed;
+    detach: commits store tensors without their graph.
+    """
+
+    blocks: tuple[BlockMemory | None, ...]
+    frames: int
+    chunk: int
+    detach: bool
+
+
+def _detached(memory: Any) -> Any:
+    if isinstance(memory, Tensor):
+        return memory.detach()
+    if isinstance(memory, tuple):
+        return tuple(_detached(m) for m in memory)
+    if dataclasses.is_dataclass(memory):
+        return type(memory)(*(_detached(getattr(memory, f.name)) for f in dataclasses.fields(memory)))
+    return memory
 
 
 class WorldModel(nn.Module):
-    """The bidirectional world model: noisy latents, per-frame times, text and cameras to velocity.
+    """The world model: noisy latents, per-frame times, text and cameras to velocity.
+
+    Bidirectional inside a chunk of `cond.layout`, causal between chunks (spec 3.8): with one chunk it is the
+    bidirectional model, with several in one call the masked chunk-causal one, and with a state it streams.
 
     in_channels: latent channels; width, heads, layers: the transformer, width/heads a multiple of 8;
-    softmax_every: block i is softmax when (i+1) % softmax_every == 0, gated delta otherwise;
+    softmax_every: block i is softmax when (i+1) % softmax_every == 0 (0: none), `mixer` otherwise;
+    mixer: "gdn", or "linear" for the linear attention that SANA-WM starts from (spec 5.3);
+    sink, window: chunks softmax blocks read beside their own, the first `sink` and the last `window` (None: all);
+    cam_filter_isolated: camera keys are filtered inside their chunk only (spec 12.9);
     text_width: width of the text encoder's states; raw_frames: raw frames of a latent frame (codec stride);
     cam_renorm_softmax, cam_renorm_gdn, softmax_bf16, *_scale: the released model's doubtful points, see
     `vgr.nn.attention.DualAttention`; truncate_times: the model sees floor(1000 t), as its weights were trained;
@@ -82,6 +121,10 @@ class WorldModel(nn.Module):
         softmax_bf16: bool = False,
         softmax_scale: float | None = None,
         cam_softmax_scale: float | None = None,
+        mixer: str = "gdn",
+        sink: int = 0,
+        window: int | None = None,
+        cam_filter_isolated: bool = False,
         truncate_times: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -94,6 +137,8 @@ class WorldModel(nn.Module):
                 f"model.width / model.heads must be a multiple of 8 (4x4 camera groups fill half a head), "
                 f"got {width} / {heads}"
             )
+        if mixer not in ("gdn", "linear"):
+            raise ValueError(f"model.mixer={mixer}: choose gdn or linear")
         self.heads, self.head_dim, self.truncate_times = heads, width // heads, truncate_times
         self.raw_frames, self.in_channels = raw_frames, in_channels
         self.activation_checkpointing = activation_checkpointing
@@ -103,15 +148,15 @@ class WorldModel(nn.Module):
         self.t_block = nn.Linear(width, 6 * width)
         self.y_proj = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
         self.attention_y_norm = RMSNorm(width, 1e-5, scale=0.01)
-        kinds = ["softmax" if (i + 1) % softmax_every == 0 else "gdn" for i in range(layers)]
-        renorm = {"softmax": cam_renorm_softmax, "gdn": cam_renorm_gdn}
-        scales = (softmax_scale, cam_softmax_scale)
+        kinds = ["softmax" if softmax_every and (i + 1) % softmax_every == 0 else mixer for i in range(layers)]
+        renorm = {"softmax": cam_renorm_softmax, mixer: cam_renorm_gdn}
+        reach = (softmax_scale, cam_softmax_scale, sink, window, cam_filter_isolated)
         self.blocks = nn.ModuleList(
             Block(
                 width,
                 heads,
                 mlp_ratio,
-                DualAttention(width, heads, kind, conv_kernel, renorm[kind], softmax_bf16, *scales),
+                DualAttention(width, heads, kind, conv_kernel, renorm[kind], softmax_bf16, *reach),
             )
             for kind in kinds
         )
@@ -135,14 +180,26 @@ class WorldModel(nn.Module):
         nn.init.zeros_(self.plucker_embedder.weight)
         nn.init.zeros_(self.final_linear.weight)
 
+    def new_state(self, detach: bool = True) -> WorldModelState:
+        """The state before a video's first chunk; with detach=False gradients flow through what commits store."""
+        return WorldModelState((None,) * len(self.blocks), 0, 0, detach)
+
     def forward(
-        self, x: Tensor, t: Tensor, cond: Conditioning, state: None = None, *, commit: bool = False
-    ) -> tuple[Tensor, None]:
-        """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1]; it keeps no state."""
-        if state is not None or commit:
-            raise ValueError("this world model is bidirectional and keeps no state; call it with the whole clip")
-        batch, _, frames, height, width = x.shape
-        self._check(x, t, cond)
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        state: WorldModelState | None = None,
+        *,
+        commit: bool = False,
+    ) -> tuple[Tensor, WorldModelState | None]:
+        """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1].
+
+        With a state the frames follow those committed; commit=True adds this call's chunks to what is returned.
+        Without one x holds the video from its first frame on, in the chunks of cond.layout.
+        """
+        height, width = x.shape[3:]
+        chunks = self._check(x, t, cond, state, commit)
         tokens = self.x_embedder(x.permute(0, 2, 3, 4, 1).flatten(2, 3).float()).float()
         # fp32 times may stand an ulp below an integer multiple of 1/1000; the slack keeps 29 from becoming 28.
         time = torch.floor(1000.0 * t.double() + 1e-4).float() if self.truncate_times else 1000.0 * t.float()
@@ -152,17 +209,26 @@ class WorldModel(nn.Module):
         text, text_mask = self._text(cond, height * width)
         table = rope_table(cond.layout.position, height, width, self.head_dim)
         camera, pluecker = self._cameras(cond, height, width)
-        args = (modulation, (height, width), table, camera, pluecker, text, text_mask)
-        for block in self.blocks:
+        args = (modulation, (height, width), table, camera, pluecker, text, text_mask, chunks)
+        memories = []
+        for i, block in enumerate(self.blocks):
+            past = None if state is None else state.blocks[i]
             if self.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, *args, use_reentrant=False)
+                tokens, memory = checkpoint(block, tokens, *args, past, use_reentrant=False)
             else:
-                tokens = block(tokens, *args)
+                tokens, memory = block(tokens, *args, past)
+            if commit:
+                memories.append(_detached(memory) if state.detach else memory)
         shift, scale = (t_emb.unsqueeze(2) + self.final_table).unsqueeze(3).unbind(2)
         out = self.final_linear(modulated_norm(tokens, shift, scale)).float()
-        return out.unflatten(2, (height, width)).permute(0, 4, 1, 2, 3), None
+        if commit:
+            state = WorldModelState(tuple(memories), state.frames + x.shape[2], chunks.index[-1] + 1, state.detach)
+        return out.unflatten(2, (height, width)).permute(0, 4, 1, 2, 3), state
 
-    def _check(self, x: Tensor, t: Tensor, cond: Conditioning) -> None:
+    def _check(
+        self, x: Tensor, t: Tensor, cond: Conditioning, state: WorldModelState | None, commit: bool
+    ) -> Chunks:
+        """The call's chunks on the host (the one synchronisation of a call). Raises ValueError."""
         if x.shape[1] != self.in_channels or t.shape != (x.shape[0], x.shape[2]):
             raise ValueError(
                 f"the world model takes x (B,{self.in_channels},T,H,W) and t (B,T), "
@@ -173,6 +239,24 @@ class WorldModel(nn.Module):
                 f"cameras must hold {x.shape[2]} latent frames of {self.raw_frames} raw frames, "
                 f"got {tuple(cond.cameras.raw_c2w.shape[1:3])}"
             )
+        layout = cond.layout
+        position, chunk, role = torch.stack([layout.position, layout.chunk, layout.role]).tolist()
+        if any(role) or position != list(range(position[0], position[0] + x.shape[2])):
+            raise ValueError("the world model takes successive target frames; it has no packed form with context")
+        index = sorted(set(chunk))
+        chunks = Chunks(tuple(index), tuple(chunk.count(i) for i in index))
+        if commit and state is None:
+            raise ValueError("commit=True needs a state: start with state=model.new_state()")
+        if state is None:
+            return chunks
+        if position[0] != state.frames or index[0] != state.chunk:
+            raise ValueError(
+                f"the state has committed {state.frames} frames in {state.chunk} chunks; "
+                f"this call starts at frame {position[0]}, chunk {index[0]}"
+            )
+        if len(index) > 1 and not commit:
+            raise ValueError(f"a call with a state holds one whole chunk unless it commits, got chunks {index}")
+        return chunks
 
     def _text(self, cond: Conditioning, cells: int) -> tuple[Tensor, Tensor]:
         """Normalised text (B,S*J,D) and who may read it: each frame reads its own shot's prompt."""

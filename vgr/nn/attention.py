@@ -1,21 +1,25 @@
-"""The world model's dual-branch self-attention (gated delta rule or softmax) and its text cross-attention.
+"""The world model's dual-branch self-attention (gated delta rule, linear or softmax) and its text cross-attention.
 
-Tokens are (B,T,S,D), frame-major and row-major inside a frame. Both kinds share one output gate and projection,
-applied after the camera branch has been added (spec 3.6).
+Tokens are (B,T,S,D), frame-major and row-major inside a frame. All kinds share one output gate and projection,
+applied after the camera branch has been added (spec 3.6). A call holds one chunk of frames or several; what stood
+before it is read from a memory, so that a clip in one call and the same clip chunk by chunk give equal outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgr.nn.camera import limit_rms, transform_groups
-from vgr.nn.gated_delta import bidirectional_states, frame_summaries
+from vgr.nn.gated_delta import frame_states, frame_summaries
 from vgr.nn.norm import RMSNorm
 from vgr.nn.rope import rotate
+from vgr.nn.temporal import symmetric_filter
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,40 @@ class CameraFrames:
     matrix: Tensor
     inverse: Tensor
     table: Tensor
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a call, known on the host: index in the video and frames of each, in order."""
+
+    index: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DeltaMemory:
+    """What a gated delta block keeps of the past, constant in size.
+
+    state, norm, state_cam: (X,K,K), (X,K,1), (X,K,K) after the last frame; tail, tail_cam (B,R,S,D): the last
+    frames of keys before their temporal filter. The camera's are None without a camera.
+    """
+
+    state: Tensor
+    norm: Tensor
+    state_cam: Tensor | None
+    tail: Tensor | None
+    tail_cam: Tensor | None
+
+
+@dataclass(frozen=True)
+class SoftmaxMemory:
+    """Keys and values (B,N,L,K) of past chunks that later chunks may still read: main k, v and the camera's k, v."""
+
+    index: tuple[int, ...]
+    blocks: tuple[tuple[Tensor, ...], ...]
+
+
+Memory = DeltaMemory | SoftmaxMemory
 
 
 def _per_frame(x: Tensor) -> Tensor:
@@ -47,9 +85,12 @@ def padded_head_dim(head_dim: int) -> int:
 class DualAttention(nn.Module):
     """Self-attention with a camera branch in ray-local frames (spec 3 and 4.2).
 
-    kind: "gdn" or "softmax". cam_renorm: shrink transformed camera features to their former RMS (spec 4.2).
+    kind: "gdn", "linear" (cumulative linear attention, the ancestor of gdn without gates and filter) or "softmax".
+    cam_renorm: shrink transformed camera features to their former RMS (spec 4.2).
     softmax_bf16: cast q, k, v of softmax blocks to bf16 as the released model does, whatever the precision.
     softmax_scale, cam_softmax_scale: None for 1/sqrt(K), and 1/sqrt(padded K) in the camera branch.
+    sink, window: chunks a softmax block reads beside its own: the video's first `sink` and the last `window`
+    before it (None: all). cam_filter_isolated: the camera keys' filter sees its own chunk only (spec 12.9).
     """
 
     def __init__(
@@ -57,17 +98,21 @@ class DualAttention(nn.Module):
         width: int,
         heads: int,
         kind: str,
-        conv_kernel: int,
-        cam_renorm: bool,
-        softmax_bf16: bool,
-        softmax_scale: float | None,
-        cam_softmax_scale: float | None,
+        conv_kernel: int = 4,
+        cam_renorm: bool = False,
+        softmax_bf16: bool = False,
+        softmax_scale: float | None = None,
+        cam_softmax_scale: float | None = None,
+        sink: int = 0,
+        window: int | None = None,
+        cam_filter_isolated: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.kind = heads, width // heads, kind
         self.cam_renorm, self.softmax_bf16 = cam_renorm, softmax_bf16
         self.softmax_scale = softmax_scale or self.head_dim**-0.5
         self.cam_softmax_scale = cam_softmax_scale or padded_head_dim(self.head_dim) ** -0.5
+        self.sink, self.window, self.cam_filter_isolated = sink, window, cam_filter_isolated
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.qkv_cam = nn.Linear(width, 3 * width)
         self.q_norm, self.k_norm = RMSNorm(width, 1e-5), RMSNorm(width, 1e-5)
@@ -100,27 +145,22 @@ class DualAttention(nn.Module):
                 nn.init.zeros_(taps)
                 nn.init.ones_(taps[..., -1])
 
-    def forward(self, x: Tensor, table: Tensor, camera: CameraFrames | None) -> Tensor:
-        """x (B,T,S,D), rotary table (T,S,K/2) to (B,T,S,D)."""
+    def forward(
+        self, x: Tensor, table: Tensor, camera: CameraFrames | None, chunks: Chunks, memory: Memory | None = None
+    ) -> tuple[Tensor, Memory]:
+        """x (B,T,S,D), rotary table (T,S,K/2) to (B,T,S,D), and the memory that the next call continues from."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         cam = None if camera is None else self.qkv_cam(x).chunk(3, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            branch = self._gated_delta if self.kind == "gdn" else self._softmax
-            main, extra = branch(x.float(), (q, k, v), cam, table, camera)
+            branch = self._softmax if self.kind == "softmax" else self._states
+            main, extra, memory = branch(x.float(), (q, k, v), cam, table, camera, chunks, memory)
         if extra is not None:
             main = main + self.out_proj_cam(extra)
         gate = F.silu(self.output_gate(x).float())
-        return self.proj(main * gate)
+        return self.proj(main * gate), memory
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.float().unflatten(-1, (self.heads, self.head_dim))
-
-    def _temporal(self, k: Tensor, taps: Tensor) -> Tensor:
-        """The symmetric depthwise filter over frames: causal plus anti-causal, centre counted once. k (B,T,S,D)."""
-        kernel = torch.cat([taps, taps.flip(-1)[..., 1:]], dim=-1).unsqueeze(-1).to(k.dtype)
-        reach = taps.shape[-1] - 1
-        k = F.conv2d(k.permute(0, 3, 1, 2), kernel, padding=(reach, 0), groups=k.shape[-1])
-        return k.permute(0, 2, 3, 1)
 
     def _to_rays(self, x: Tensor, matrix: Tensor, table: Tensor) -> Tensor:
         """First half of each head by 4x4 groups, second half rotary (spec 4.2); x (B,T,S,N,K)."""
@@ -136,47 +176,73 @@ class DualAttention(nn.Module):
             moved = [limit_rms(new, old) for new, old in zip(moved, (q, k, v))]
         return moved[0], moved[1], moved[2]
 
-    def _gated_delta(
+    def _keys(
+        self, k: Tensor, norm: RMSNorm, taps: str, chunks: Chunks, tail: Tensor | None, isolated: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scaled key features (B,T,S,N,K), and the frames (B,R,S,D) that the filter wants before the next call."""
+        last = None
+        if self.kind == "gdn":
+            taps = getattr(self, taps)
+            reach = taps.shape[-1] - 1
+            if not isolated:
+                past = F.pad(k, (0, 0, 0, 0, reach, 0)) if tail is None else torch.cat([tail.to(k.dtype), k], dim=1)
+                last = past[:, -reach:]
+            k = symmetric_filter(k, taps, chunks.sizes, tail, isolated)
+        key_scale = (self.head_dim * k.shape[2]) ** -0.5
+        return self._heads(F.relu(norm(k) * key_scale)), last
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Update gate (B,T,S,N,1) per token and decay (T,B*N) per frame (spec 3.2)."""
+        beta = torch.sigmoid(self.beta_proj(x)).unsqueeze(-1)
+        rate = F.softplus(self.gate_proj(x.mean(2)) + self.dt_bias)
+        decay = torch.exp(-self.A_log.exp() * rate)
+        return beta, decay.permute(1, 0, 2).flatten(1)
+
+    def _states(
         self,
         x: Tensor,
         qkv: tuple[Tensor, Tensor, Tensor],
         cam: tuple[Tensor, Tensor, Tensor] | None,
         table: Tensor,
         camera: CameraFrames | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        key_scale = (self.head_dim * x.shape[2]) ** -0.5
-        beta = torch.sigmoid(self.beta_proj(x)).unsqueeze(-1)
-        rate = F.softplus(self.gate_proj(x.mean(2)) + self.dt_bias)
-        decay = torch.exp(-self.A_log.exp() * rate)
-        decay = decay.permute(1, 0, 2).flatten(1)
+        chunks: Chunks,
+        memory: DeltaMemory | None,
+    ) -> tuple[Tensor, Tensor | None, DeltaMemory]:
+        """The gated delta rule or linear attention: every frame reads a state (spec 3.3, 3.4, 4.2)."""
+        beta, decay = self._gates(x) if self.kind == "gdn" else (None, None)
+        old = memory or DeltaMemory(*[None] * 5)
         q, k, v = qkv
         q = self._heads(F.relu(self.q_norm(q)))
-        k = self._heads(F.relu(self.k_norm(self._temporal(k, self.conv_k)) * key_scale))
+        k, tail = self._keys(k, self.k_norm, "conv_k", chunks, old.tail)
         q_rot, k_rot, v = _per_frame(rotate(q, table)), _per_frame(rotate(k, table)), _per_frame(self._heads(v))
-        q, k, beta_main = _per_frame(q), _per_frame(k), _per_frame(beta).squeeze(-1)
+        q, k = _per_frame(q), _per_frame(k)
+        beta_main = None if beta is None else _per_frame(beta).squeeze(-1)
+        maps = frame_summaries(k, None, beta_main, decay)
+        norm_read, norm = frame_states(*maps, chunks.sizes, old.norm)
+        weight = (q @ norm_read + 1e-8).reciprocal()
         g, a = frame_summaries(k_rot, v, beta_main, decay)
-        norm_state = bidirectional_states(*frame_summaries(k, None, beta_main, decay))
         if cam is None or camera is None:
-            main = q_rot @ bidirectional_states(g, a) * (q @ norm_state + 1e-8).reciprocal()
-            return _per_token(main, self.heads), None
+            read, state = frame_states(g, a, chunks.sizes, old.state)
+            return _per_token(q_rot @ read * weight, self.heads), None, DeltaMemory(state, norm, None, tail, None)
         q_cam, k_cam, v_cam = cam
         q_cam = self._heads(F.relu(self.q_norm_cam(q_cam)))
-        k_cam = self._heads(F.relu(self.k_norm_cam(self._temporal(k_cam, self.conv_k_cam)) * key_scale))
+        isolated = self.cam_filter_isolated
+        k_cam, tail_cam = self._keys(k_cam, self.k_norm_cam, "conv_k_cam", chunks, old.tail_cam, isolated)
         q_ray, k_ray, v_ray = self._camera_qkv(q_cam, k_cam, self._heads(v_cam), camera)
-        # Translations may lengthen keys; beta is discounted so that the update stays a contraction.
-        new, old = (torch.linalg.vector_norm(x, dim=-1).square().clamp_min(1e-12) for x in (k_ray, k_cam))
-        growth = new / old
-        beta_cam = beta / growth.mean(2, keepdim=True).clamp_min(1.0).unsqueeze(-1)
-        g_cam, a_cam = frame_summaries(
-            _per_frame(k_ray), _per_frame(v_ray), _per_frame(beta_cam).squeeze(-1), decay
-        )
+        if beta is not None:
+            # Translations may lengthen keys; beta is discounted so that the update stays a contraction.
+            new, was = (torch.linalg.vector_norm(y, dim=-1).square().clamp_min(1e-12) for y in (k_ray, k_cam))
+            beta = _per_frame(beta / (new / was).mean(2, keepdim=True).clamp_min(1.0).unsqueeze(-1)).squeeze(-1)
+        g_cam, a_cam = frame_summaries(_per_frame(k_ray), _per_frame(v_ray), beta, decay)
         # Main and camera states have one shape, so one scan carries both.
-        states = bidirectional_states(torch.cat([g, g_cam], dim=1), torch.cat([a, a_cam], dim=1))
-        state, state_cam = states.chunk(2, dim=1)
-        main = q_rot @ state * (q @ norm_state + 1e-8).reciprocal()
-        extra = _per_token(_per_frame(q_ray) @ state_cam, self.heads)
-        extra = self._to_rays(self._heads(extra), camera.matrix, camera.table.conj())
-        return _per_token(main, self.heads), extra.flatten(3)
+        g = None if g is None else torch.cat([g, g_cam], dim=1)
+        before = None if old.state is None else torch.cat([old.state, old.state_cam])
+        read, last = frame_states(g, torch.cat([a, a_cam], dim=1), chunks.sizes, before)
+        (read, read_cam), (state, state_cam) = read.chunk(2, dim=1), last.chunk(2)
+        extra = _per_token(_per_frame(q_ray) @ read_cam, self.heads)
+        extra = self._to_rays(self._heads(extra), camera.matrix, camera.table.conj()).flatten(3)
+        memory = DeltaMemory(state, norm, state_cam, tail, tail_cam)
+        return _per_token(q_rot @ read * weight, self.heads), extra, memory
 
     def _softmax(
         self,
@@ -185,26 +251,73 @@ class DualAttention(nn.Module):
         cam: tuple[Tensor, Tensor, Tensor] | None,
         table: Tensor,
         camera: CameraFrames | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        chunks: Chunks,
+        memory: SoftmaxMemory | None,
+    ) -> tuple[Tensor, Tensor | None, SoftmaxMemory]:
+        """Softmax attention over the own chunk and the past ones in reach (spec 3.7, 3.8, 6.3)."""
+        old = memory or SoftmaxMemory((), ())
         q, k, v = qkv
         q = rotate(self._heads(self.q_norm(q)), table)
         k = rotate(self._heads(self.k_norm(k)), table)
-        main = self._attend(q, k, self._heads(v), self.softmax_scale)
+        k, v = self._stored(k), self._stored(self._heads(v))
+        main = self._attend(q, k, v, self.softmax_scale, chunks, old.index, [b[:2] for b in old.blocks])
         if cam is None or camera is None:
-            return main.flatten(3), None
+            return main, None, self._remember(old, chunks, (k, v), x.shape[1])
         q_cam, k_cam, v_cam = cam
         q_cam, k_cam = self._heads(self.q_norm_cam(q_cam)), self._heads(self.k_norm_cam(k_cam))
         q_ray, k_ray, v_ray = self._camera_qkv(q_cam, k_cam, self._heads(v_cam), camera)
-        extra = self._attend(q_ray, k_ray, v_ray, self.cam_softmax_scale)
-        return main.flatten(3), self._to_rays(extra, camera.matrix, camera.table.conj()).flatten(3)
+        k_ray, v_ray = self._stored(k_ray), self._stored(v_ray)
+        past = [b[2:] for b in old.blocks]
+        extra = self._attend(q_ray, k_ray, v_ray, self.cam_softmax_scale, chunks, old.index, past)
+        extra = self._to_rays(self._heads(extra), camera.matrix, camera.table.conj()).flatten(3)
+        return main, extra, self._remember(old, chunks, (k, v, k_ray, v_ray), x.shape[1])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention over all tokens of the clip; (B,T,S,N,K) in and out."""
-        dtype = torch.bfloat16 if self.softmax_bf16 else q.dtype
-        frames, tokens = q.shape[1:3]
-        q, k, v = (y.flatten(1, 2).transpose(1, 2).to(dtype) for y in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        return out.transpose(1, 2).unflatten(1, (frames, tokens)).float()
+    def _stored(self, x: Tensor) -> Tensor:
+        """(B,T,S,N,K) to (B,N,T*S,K) in the precision attention reads."""
+        return x.flatten(1, 2).transpose(1, 2).to(torch.bfloat16 if self.softmax_bf16 else x.dtype)
+
+    def _reads(self, query: int, key: int) -> bool:
+        """Whether a chunk reads another, by their indices in the video."""
+        return key <= query and (key < self.sink or self.window is None or key >= query - self.window)
+
+    def _remember(
+        self, old: SoftmaxMemory, chunks: Chunks, tensors: tuple[Tensor, ...], frames: int
+    ) -> SoftmaxMemory:
+        """Old and new blocks that the next chunk may read."""
+        cells = tensors[0].shape[2] // frames
+        pieces = zip(*(x.split([n * cells for n in chunks.sizes], dim=2) for x in tensors))
+        blocks = [*zip(old.index, old.blocks), *zip(chunks.index, pieces)]
+        kept = [(i, b) for i, b in blocks if self._reads(chunks.index[-1] + 1, i)]
+        return SoftmaxMemory(tuple(i for i, _ in kept), tuple(b for _, b in kept))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        chunks: Chunks,
+        past_index: tuple[int, ...],
+        past: Sequence[tuple[Tensor, ...]],
+    ) -> Tensor:
+        """q (B,T,S,N,K), k and v (B,N,L,K), past blocks of k, v: (B,T,S,D). One product a chunk, no mask is built."""
+        cells = q.shape[2]
+        q = self._stored(q)
+        if past:
+            k, v = (torch.cat([*(b[i] for b in past), x], dim=2) for i, x in enumerate((k, v)))
+        index = past_index + chunks.index
+        ends = list(accumulate([*(b[0].shape[2] for b in past), *(n * cells for n in chunks.sizes)]))
+        starts = [0, *ends[:-1]]
+        parts = []
+        for query, own in zip(chunks.index, q.split([n * cells for n in chunks.sizes], dim=2)):
+            read = [i for i, key in enumerate(index) if self._reads(query, key)]
+            if read[-1] - read[0] + 1 == len(read):
+                keys, values = (x[:, :, starts[read[0]] : ends[read[-1]]] for x in (k, v))
+            else:
+                keys, values = (torch.cat([x[:, :, starts[i] : ends[i]] for i in read], dim=2) for x in (k, v))
+            parts.append(F.scaled_dot_product_attention(own, keys, values, scale=scale))
+        out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return out.transpose(1, 2).flatten(2).unflatten(1, (-1, cells)).float()
 
 
 class CrossAttention(nn.Module):

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vgr.nn.temporal import mix_frames
+
+# Convolution kernels index with 32 bits; a minute of 720p has more elements than that.
+_MAX_ELEMENTS = 2**30
 
 
 class ConvFeedForward(nn.Module):
@@ -22,10 +30,19 @@ class ConvFeedForward(nn.Module):
         self.temporal = nn.Conv2d(width, width, (3, 1), padding=(1, 0), bias=False)
         nn.init.zeros_(self.temporal.weight)
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        batch, frames, tokens, _ = x.shape
-        h = F.silu(self.expand(x)).view(batch * frames, height, width, -1)
+    def forward(
+        self, x: Tensor, height: int, width: int, chunks: Sequence[int], before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x to the same shape, and what the next call needs as `before` (B,1,S,D): the last frame before mixing."""
+        images = x.flatten(0, 1)
+        limit = max(1, _MAX_ELEMENTS // (self.depthwise.in_channels * height * width))
+        parts = [self._per_frame(part, height, width) for part in images.split(limit)]
+        z = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+        return z + mix_frames(z, self.temporal.weight, chunks, before), z[:, -1:]
+
+    def _per_frame(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The feed-forward of single frames (F,S,D)."""
+        h = F.silu(self.expand(x)).unflatten(1, (height, width))
         h = self.depthwise(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        value, gate = h.chunk(2, dim=-1)
-        z = self.project(value * F.silu(gate)).view(batch, frames, tokens, -1)
-        return z + self.temporal(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        value, gate = h.flatten(1, 2).chunk(2, dim=-1)
+        return self.project(value * F.silu(gate))

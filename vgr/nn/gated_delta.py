@@ -7,64 +7,98 @@ Since the update is affine in M, all frame summaries are made in parallel and on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 
-class _BidirectionalStates(torch.autograd.Function):
+class _FrameStates(torch.autograd.Function):
     """Forward-inclusive plus reverse-exclusive states of M -> G_t M + A_t; the backward is two scans as well."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, g: Tensor, a: Tensor) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, g: Tensor, a: Tensor, ends: frozenset[int], initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ahead, behind = torch.empty_like(a), torch.empty_like(a)
         frames = a.shape[0]
-        ahead[0], behind[-1] = a[0], 0.0
+        ahead[0] = a[0] if initial is None else torch.baddbmm(a[0], g[0], initial)
+        behind[-1] = 0.0
         for t in range(1, frames):
             torch.baddbmm(a[t], g[t], ahead[t - 1], out=ahead[t])
             u = frames - t
-            torch.baddbmm(a[u], g[u], behind[u], out=behind[u - 1])
-        ctx.save_for_backward(g, ahead, behind)
-        return ahead + behind
+            if u - 1 in ends:
+                behind[u - 1] = 0.0
+            else:
+                torch.baddbmm(a[u], g[u], behind[u], out=behind[u - 1])
+        ctx.save_for_backward(g, ahead, behind, initial)
+        ctx.ends = ends
+        return ahead + behind, ahead[-1].clone()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        g, ahead, behind = ctx.saved_tensors
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, grad_last: Tensor
+    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        g, ahead, behind, initial = ctx.saved_tensors
         grad = grad.contiguous()
         to_ahead, to_behind = torch.empty_like(grad), torch.empty_like(grad)
         frames = grad.shape[0]
-        to_ahead[-1], to_behind[0] = grad[-1], grad[0]
+        torch.add(grad[-1], grad_last, out=to_ahead[-1])
+        # A chunk's last frame reads nothing from behind, so no gradient passes it.
+        to_behind[0] = 0.0 if 0 in ctx.ends else grad[0]
         for t in range(1, frames):
             u = frames - 1 - t
             torch.baddbmm(grad[u], g[u + 1].mT, to_ahead[u + 1], out=to_ahead[u])
-            torch.baddbmm(grad[t], g[t].mT, to_behind[t - 1], out=to_behind[t])
+            if t in ctx.ends:
+                to_behind[t] = 0.0
+            else:
+                torch.baddbmm(grad[t], g[t].mT, to_behind[t - 1], out=to_behind[t])
         grad_g = torch.zeros_like(g)
+        grad_initial = None
+        if initial is not None:
+            torch.matmul(to_ahead[0], initial.mT, out=grad_g[0])
+            grad_initial = g[0].mT @ to_ahead[0]
         if frames > 1:
             torch.matmul(to_ahead[1:], ahead[:-1].mT, out=grad_g[1:])
             grad_g[1:] += to_behind[:-1] @ behind[1:].mT
             to_ahead[1:] += to_behind[:-1]
-        return grad_g, to_ahead
+        return grad_g, to_ahead, None, grad_initial
 
 
-def bidirectional_states(g: Tensor, a: Tensor) -> Tensor:
-    """What every frame reads: states of frames <= t scanned forward plus of frames > t scanned backward (spec 3.4).
+def frame_states(
+    g: Tensor | None, a: Tensor, chunks: Sequence[int] | None = None, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What every frame reads, F_t + R_t, and the state F_{T-1} that the frames after it start from (spec 3.4, 3.8).
 
-    G (T,X,K,K), A (T,X,K,E) to (T,X,K,E). Forward F_t = G_t F_{t-1} + A_t; reverse R_{T-1} = 0,
-    R_t = G_{t+1} R_{t+1} + A_{t+1}. Both directions share gates and summaries.
+    g (T,X,K,K), a (T,X,K,E) to reads (T,X,K,E) and the last state (X,K,E). Forward F_t = G_t F_{t-1} + A_t from
+    F_{-1} = initial (X,K,E), zero when not given; reverse R_t = G_{t+1} R_{t+1} + A_{t+1}, zero at the last frame of
+    every chunk. chunks: sizes that sum to T, None for one chunk. Both directions share gates and summaries.
+    Without g (cumulative linear attention, G = 1) a frame reads the sum up to its chunk's end.
     """
-    return _BidirectionalStates.apply(g, a)
+    sizes = [a.shape[0]] if chunks is None else list(chunks)
+    ends = [end - 1 for end in accumulate(sizes)]
+    if g is not None:
+        return _FrameStates.apply(g, a, frozenset(ends), initial)
+    ahead = a.cumsum(0) if initial is None else a.cumsum(0) + initial
+    own_end = torch.tensor([end for end, n in zip(ends, sizes) for _ in range(n)], device=a.device)
+    return ahead[own_end], ahead[-1]
 
 
-def frame_summaries(k: Tensor, v: Tensor | None, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+def frame_summaries(
+    k: Tensor, v: Tensor | None, beta: Tensor | None, decay: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
     """Per-frame affine maps of the delta rule: G = gamma (I - K^T beta K) and A = K^T beta V.
 
-    k (T,X,S,K); v (T,X,S,E) or None for the normaliser stream, whose target is one (E = 1);
-    beta (T,X,S); decay (T,X). Returns G (T,X,K,K), A (T,X,K,E).
+    k (T,X,S,K); v (T,X,S,E) or None for the normaliser stream, whose target is one (E = 1); beta (T,X,S), decay
+    (T,X). Returns G (T,X,K,K), A (T,X,K,E). Without gates: linear attention, no G and A = K^T V.
     """
-    weighted = (k * beta.unsqueeze(-1)).mT
-    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    g = decay[..., None, None] * (eye - weighted @ k)
+    weighted = (k if beta is None else k * beta.unsqueeze(-1)).mT
     a = weighted.sum(-1, keepdim=True) if v is None else weighted @ v
-    return g, a
+    if decay is None:
+        return None, a
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    return decay[..., None, None] * (eye - weighted @ k), a
 
 
 def delta_rule_reference(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:

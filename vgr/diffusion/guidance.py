@@ -14,7 +14,7 @@ def guided(denoiser: Denoiser, scale: float, negative: TextStates) -> Denoiser:
     """v = v_negative + scale (v_text - v_negative); the state is the pair of both calls' states.
 
     `negative` holds the text states of the null or negative prompt, one row per sample. A scale of 1 asks the
-    conditional model only.
+    conditional model only. Where the denoiser has `new_state`, so has the guided one.
     """
     if scale == 1.0:
         return denoiser
@@ -28,4 +28,6 @@ def guided(denoiser: Denoiser, scale: float, negative: TextStates) -> Denoiser:
         state = None if own is None and other is None else (own, other)
         return v_negative + scale * (v - v_negative), state
 
+    if hasattr(denoiser, "new_state"):
+        call.new_state = lambda **kwargs: (denoiser.new_state(**kwargs), denoiser.new_state(**kwargs))
     return call

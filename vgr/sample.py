@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
-    from vgr.types import Cameras
+    from vgr.types import Cameras, Conditioning, Denoiser
+
+
+METHODS = ("joint", "chunk_flow", "stream")
 
 
 class Generator:
@@ -40,7 +43,13 @@ class Generator:
         self.size_hw = tuple(record["size_hw"])
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
-        self.sampling = sampling
+        self.chunk, self.sampling = record.get("chunk"), sampling
+        if sampling["method"] not in METHODS:
+            raise ValueError(f"sampling.method={sampling['method']}: choose from {', '.join(METHODS)}")
+        if self.chunk is None and sampling["method"] != "joint":
+            raise ValueError(
+                f"sampling.method={sampling['method']} needs a chunk-causal model; {name} is bidirectional: use joint"
+            )
 
     @classmethod
     def load(
@@ -53,24 +62,12 @@ class Generator:
         """
         import torch
 
-        from vgr.models.codec import WaveletCodec
-        from vgr.models.text import ByteTextEncoder
-        from vgr.models.world_model import WorldModel
         from vgr.training import checkpoints
+        from vgr.training.rebuild import rebuild
 
         folder = checkpoints.resolve(Path(checkpoint))
-        tensors = checkpoints.read_weights(folder, "ema")
+        parts = rebuild(folder)
         record = checkpoints.read_generator(folder)
-        known = {c.__name__: c for c in (WorldModel, ByteTextEncoder, WaveletCodec)}
-        parts: dict[str, Any] = {}
-        for part in ("model", "text", "codec"):
-            if record[part]["class"] not in known:
-                raise ValueError(f"{folder} needs a {record[part]['class']}; this version has {', '.join(known)}")
-            parts[part] = known[record[part]["class"]](**record[part]["config"])
-        for part in ("model", "text"):
-            own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
-            checkpoints.match(own, {k: v.shape for k, v in parts[part].state_dict().items()}, folder)
-            parts[part].load_state_dict(own)
         digest = checkpoints.weights_hash(folder, "ema")
         given = {"steps": steps, "shift": shift, "guidance": guidance}
         sampling = {**record["sampling"], **{k: v for k, v in given.items() if v is not None}}
@@ -107,30 +104,23 @@ class Generator:
         """
         import torch
 
-        from vgr.diffusion import guidance, samplers, timesteps
-        from vgr.geometry.cameras import group_by_latent
-        from vgr.seeding import torch_generator
-        from vgr.types import Conditioning, Layout
+        from vgr.diffusion import guidance
+        from vgr.training.conditioning import conditioning
 
         if cameras.c2w.shape[1] > self.max_frames:
             raise ValueError(f"{cameras.c2w.shape[1]} frames asked; this model makes up to {self.max_frames}")
         start = self._clock()
         batch, frames = cameras.c2w.shape[:2]
-        count = self.codec.latent_frames(frames)
-        height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
-        shape = (self.codec.channels, count, height, width)
+        shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64, device=self.device)
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            text = self.text(captions)
+            cond = conditioning(self.text, captions, cameras.to(self.device), shot, self.stride, self.chunk)
             null = self.text(tuple(("",) * len(row) for row in captions))
-            layout = Layout.whole(batch, count, self.device)
-            cond = Conditioning(layout, text, group_by_latent(cameras.to(self.device), self.stride))
             first = None if first_frames is None else self._encode(first_frames)
-            noise = torch.stack([torch.randn(shape, generator=torch_generator(s, "noise")) for s in seeds])
-            sigmas = timesteps.sigma_grid(self.sampling["steps"], self.sampling["shift"])
             denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
             before = self._clock()
-            latents = samplers.euler(denoiser, noise.to(self.device), cond, sigmas, first, progress)
+            latents = self._denoise(denoiser, cond, seeds, first, progress)
             after = self._clock()
+        count = latents.shape[2]
         stream = self.codec.stream()
         pieces = [self._to_bytes(stream(latents[:, :, :1]))]
         first_at = self._clock()
@@ -142,6 +132,32 @@ class Generator:
             "decode_s": end - after, "frames": frames,
         }  # fmt: skip
         return np.concatenate(pieces, axis=1), timings
+
+    def _denoise(
+        self, denoiser: Denoiser, cond: Conditioning, seeds: list[int], first: Tensor | None,
+        progress: Callable[[int], None] | None,
+    ) -> Tensor:  # fmt: skip
+        """Latents by the checkpoint's method; `progress` hears of each step, or of each chunk when streaming."""
+        import torch
+
+        from vgr.diffusion import rollout, samplers, timesteps
+        from vgr.seeding import torch_generator
+
+        height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
+        steps, shift = self.sampling["steps"], self.sampling["shift"]
+        if self.sampling["method"] == "stream":
+            sigmas = timesteps.few_step_sigmas(steps, shift, self.sampling["grid_steps"]).to(self.device)
+            noise = samplers.frame_noise(seeds, (self.codec.channels, height, width), self.device)
+            pieces = []
+            for latents, _ in rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first):
+                pieces.append(latents)
+                if progress is not None:
+                    progress(len(pieces))
+            return torch.cat(pieces, dim=2)
+        shape = (self.codec.channels, len(cond.layout.position), height, width)
+        noise = torch.stack([torch.randn(shape, generator=torch_generator(s, "noise")) for s in seeds])
+        solve = samplers.euler if self.sampling["method"] == "joint" else samplers.chunk_flow_euler
+        return solve(denoiser, noise.to(self.device), cond, timesteps.sigma_grid(steps, shift), first, progress)
 
     def _encode(self, images: np.ndarray) -> Tensor:
         import torch

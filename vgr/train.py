@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from vgr.training import callbacks
-    from vgr.training.world_model import WorldModelTraining
     from vgr.types import VideoBatch
 
 
@@ -53,6 +52,8 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
 
     command.check_targets(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
+    if cfg.teacher is not None:  # frozen networks are known by hash: another teacher is another run
+        config["teacher_sha256"] = checkpoints.weights_hash(checkpoints.resolve(Path(cfg.teacher)))
     checkpoint = find_checkpoint(cfg.resume, run_dir)
     if checkpoint is not None:
         checkpoints.verify(checkpoint)
@@ -60,7 +61,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     settings = trainer_settings(cfg)
     module, data, codec = build(cfg)
     if cfg.init_from is not None and checkpoint is None:
-        load_initial(module, Path(cfg.init_from))
+        load_initial(module, Path(cfg.init_from), cfg.surgery)
     steps = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
     try:
         fit(settings, steps, module, data)
@@ -104,7 +105,7 @@ def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], checkpoint: 
         )
 
 
-def build(cfg: DictConfig) -> tuple[WorldModelTraining, pl.LightningDataModule, Any]:
+def build(cfg: DictConfig) -> tuple[callbacks.Training, pl.LightningDataModule, Any]:
     """Training module, data and codec of a configuration, checked against each other. Raises ValueError."""
     import torch
     from hydra.utils import instantiate
@@ -121,25 +122,58 @@ def build(cfg: DictConfig) -> tuple[WorldModelTraining, pl.LightningDataModule, 
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = instantiate(cfg.text)
     model = instantiate(cfg.model)
-    module = instantiate(cfg.training, model=model, text=text, codec=codec, seed=cfg.seed)
-    return module, data, codec
+    roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg)}
+    return instantiate(cfg.training, **roles, seed=cfg.seed), data, codec
 
 
-def load_initial(module: WorldModelTraining, path: Path) -> None:
-    """Weights only, from the averaged weights of any run's checkpoint; position and optimizer start afresh."""
+def read_teacher(cfg: DictConfig) -> dict[str, Any]:
+    """{"teacher": its model and text encoder} if training takes one. Raises ValueError where one is missing or idle."""
+    import inspect
+
+    from hydra.utils import get_class
+
+    from vgr.training import checkpoints
+    from vgr.training.rebuild import rebuild
+
+    taken = "teacher" in inspect.signature(get_class(cfg.training._target_)).parameters
+    if taken != (cfg.teacher is not None):
+        fix = "give teacher=<run folder>" if taken else "leave teacher=null"
+        raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} {'needs' if taken else 'has no'} one; {fix}")
+    if not taken:
+        return {}
+    parts = rebuild(checkpoints.resolve(Path(cfg.teacher)))
+    return {"teacher": {k: parts[k] for k in ("model", "text")}}
+
+
+def load_initial(module: callbacks.Training, path: Path, surgery: Sequence[str]) -> None:
+    """Weights only, the averaged ones of any run's checkpoint, converted to this stage's model by `surgery`."""
+    import torch
+
+    from vgr.models import surgery as surgery_
     from vgr.training import checkpoints
 
-    checkpoint = checkpoints.resolve(path)
-    stored = checkpoints.read_weights(checkpoint)
-    checkpoints.match(module.weights(), {k: v.shape for k, v in stored.items()}, checkpoint)
-    module.load_state_dict(stored | {f"ema.{name}": tensor for name, tensor in stored.items()})
+    stored = checkpoints.read_weights(checkpoints.resolve(path))
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for source, tensors in (("stored", stored), ("fresh", module.ema_weights())):
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            groups.setdefault(part, {"stored": {}, "fresh": {}})[source][rest] = tensor
+    converted = {
+        f"{part}.{name}": tensor
+        for part, group in groups.items()
+        for name, tensor in surgery_.convert(**group, steps=surgery if part == "model" else ()).items()
+    }
+    with torch.no_grad():
+        for tensors in (module.weights(), module.ema_weights()):
+            for name, tensor in converted.items():
+                tensors[name].copy_(tensor)
 
 
 def prepare_run(
     cfg: DictConfig,
     config: dict[str, Any],
     run_dir: Path,
-    module: WorldModelTraining,
+    module: callbacks.Training,
     data: pl.LightningDataModule,
     codec: Any,
     checkpoint: Path | None,
@@ -194,7 +228,7 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def fit(
-    settings: dict[str, Any], steps: callbacks.BetweenSteps, module: WorldModelTraining, data: pl.LightningDataModule
+    settings: dict[str, Any], steps: callbacks.BetweenSteps, module: callbacks.Training, data: pl.LightningDataModule
 ) -> None:
     """The remaining steps, if any."""
     import warnings
@@ -203,6 +237,8 @@ def fit(
 
     if data.start_batch >= data.total_batches:
         return
+    if not module.automatic_optimization:  # it accumulates itself
+        settings = {**settings, "accumulate_grad_batches": 1}
     trainer = instantiate(
         settings,
         logger=False,
@@ -220,7 +256,7 @@ def fit(
         trainer.fit(module, datamodule=data)
 
 
-def generator_record(cfg: DictConfig, module: WorldModelTraining, codec: Any, batch: VideoBatch) -> dict[str, Any]:
+def generator_record(cfg: DictConfig, module: callbacks.Training, codec: Any, batch: VideoBatch) -> dict[str, Any]:
     """generator.json: everything sampling needs beside the weights."""
     frames, height, width = batch.latents.shape[2:]
     parts = {"model": module.model, "text": module.text, "codec": codec}
@@ -232,13 +268,14 @@ def generator_record(cfg: DictConfig, module: WorldModelTraining, codec: Any, ba
         "intrinsics": batch.cameras.intrinsics[0, 0].tolist(),
         "size_hw": [height * codec.stride[1], width * codec.stride[2]],
         "max_frames": 1 + (frames - 1) * codec.stride[0],
+        "chunk": module.chunk,
         "sampling": OmegaConf.to_container(cfg.sampling, resolve=True),
     }
 
 
 def sample_writer(
     record: dict[str, Any], codec: Any, batch: VideoBatch, seed: int, clips: int = 4
-) -> Callable[[WorldModelTraining, Path], None]:
+) -> Callable[[callbacks.Training, Path], None]:
     """A function (module, path) that writes one video: held-out clips, truth left and averaged model right."""
     import numpy as np
 
@@ -251,7 +288,7 @@ def sample_writer(
     video = (codec.decode(batch.latents[:clips]).clamp(-1, 1) + 1) * 127.5
     truth = video.round().byte().permute(0, 2, 3, 4, 1).numpy()
 
-    def write(module: WorldModelTraining, path: Path) -> None:
+    def write(module: callbacks.Training, path: Path) -> None:
         parts = {**module.ema, "codec": codec}
         generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
         made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))])

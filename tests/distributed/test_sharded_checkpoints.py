@@ -30,11 +30,11 @@ if sys.argv[1] == "save":
         p.grad = p.detach().clone()
     optimizer.step()
     average = {k: v * 2 for k, v in model.state_dict().items()}
-    parts = {"weights": weights, "ema": average, "optimizer": checkpoints.optimizer_tensors(model, optimizer)}
+    parts = {"weights": weights, "ema": average, "optimizer": checkpoints.optimizer_tensors(model, [optimizer])}
     checkpoints.save(folder, 1, parts, {"samples_seen": 1}, {})
 else:
     checkpoints.verify(checkpoints.latest(folder))
-    checkpoints.restore(checkpoints.latest(folder), weights, average, model, optimizer)
+    checkpoints.restore(checkpoints.latest(folder), weights, average, model, [optimizer])
     for p in model.parameters():  # one more step shows that the optimizer's state came along
         p.grad = p.detach().clone()
     optimizer.step()
@@ -101,9 +101,9 @@ def test_saved_at_two_ranks_loaded_at_one_and_four(tmp_path):
     alone = network(5)
     fresh = adamw(alone)
     average = {k: torch.zeros_like(v) for k, v in alone.state_dict().items()}
-    checkpoints.restore(path, alone.state_dict(), average, alone, fresh)
+    checkpoints.restore(path, alone.state_dict(), average, alone, [fresh])
     assert all(torch.equal(average[k], 2 * first[k]) for k in first)
-    step(alone, fresh)
+    step(alone, [fresh])
     assert all(torch.equal(v, reference.state_dict()[k]) for k, v in alone.state_dict().items())
 
     launch(4, "load", tmp_path)

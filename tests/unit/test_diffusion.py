@@ -1,6 +1,5 @@
 """Flow, guidance and the samplers against closed forms and recorded calls."""
 
-import pytest
 import torch
 
 from vgr.diffusion import flow, samplers, timesteps

@@ -16,12 +16,16 @@ import torch
 
 from vgr.data.files import write_text
 from vgr.training import checkpoints
+from vgr.training.self_forcing import SelfForcing
 from vgr.training.tracking import Record
-from vgr.training.world_model import Validation, WorldModelTraining
+from vgr.training.validation import Validation
+from vgr.training.world_model import WorldModelTraining
 from vgr.types import VideoBatch
 
+Training = WorldModelTraining | SelfForcing
 
-def due(module: WorldModelTraining, every: int) -> bool:
+
+def due(module: Training, every: int) -> bool:
     """True if the step just taken crossed a multiple of `every` samples, or was the last; 0 means never."""
     seen, before = module.samples_seen, module.samples_seen - module.global_batch
     return every > 0 and (seen // every > before // every or seen >= module.max_samples)
@@ -45,6 +49,11 @@ def write_validation(path: Path, result: Validation) -> None:
     write_text(path, json.dumps(record, indent=1))
 
 
+def _optimizers(module: Training) -> list[torch.optim.Optimizer]:
+    found = module.optimizers(use_pl_optimizer=False)
+    return found if isinstance(found, list) else [found]
+
+
 class BetweenSteps(pl.Callback):
     """Restores `checkpoint` at the start; after each optimizer step does what is due, the save last.
 
@@ -64,7 +73,7 @@ class BetweenSteps(pl.Callback):
         config: dict[str, Any],
         generator: dict[str, Any],
         batches: Sequence[VideoBatch],
-        write_sample: Callable[[WorldModelTraining, Path], None],
+        write_sample: Callable[[Training, Path], None],
     ) -> None:
         self.run_dir, self.checkpoint, self.record, self.every, self.keep = run_dir, checkpoint, record, every, keep
         self.config, self.generator, self.batches, self.write_sample = config, generator, batches, write_sample
@@ -72,10 +81,11 @@ class BetweenSteps(pl.Callback):
         self._losses: list[float] = []
         self._bar: Any = None
 
-    def on_train_start(self, trainer: pl.Trainer, module: WorldModelTraining) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Training) -> None:
         if self.checkpoint is not None:
-            optimizer = module.optimizers(use_pl_optimizer=False)
-            checkpoints.restore(self.checkpoint, module.weights(), module.ema_weights(), module, optimizer)
+            checkpoints.restore(
+                self.checkpoint, module.weights(), module.ema_weights(), module, _optimizers(module)
+            )
         for number in (signal.SIGTERM, signal.SIGUSR1):  # Lightning puts the old handlers back at the end
             signal.signal(number, self._on_signal)
         self._seen, self._time = module.samples_seen, time.monotonic()
@@ -83,7 +93,7 @@ class BetweenSteps(pl.Callback):
     def _on_signal(self, number: int, _frame: Any) -> None:
         self.signal = number
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: WorldModelTraining, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Training, *_: Any) -> None:
         if module.samples_seen == self._seen:
             return  # an accumulated micro-batch, no step yet
         self._seen = module.samples_seen
@@ -106,7 +116,7 @@ class BetweenSteps(pl.Callback):
         if trainer.is_global_zero:
             self._show(module)
 
-    def _log(self, module: WorldModelTraining) -> None:
+    def _log(self, module: Training) -> None:
         self._losses.append(module.last_step["train/loss"])
         if not due(module, self.every["log"]):
             return
@@ -121,7 +131,7 @@ class BetweenSteps(pl.Callback):
         self.record.log(values, module.samples_seen)
         self._losses, self._time = [], now
 
-    def _save(self, module: WorldModelTraining) -> None:
+    def _save(self, module: Training) -> None:
         state = {
             "samples_seen": module.samples_seen,
             "step": module.step,
@@ -131,12 +141,12 @@ class BetweenSteps(pl.Callback):
         tensors = {
             "weights": module.weights(),
             "ema": module.ema_weights(),
-            "optimizer": checkpoints.optimizer_tensors(module, module.optimizers(use_pl_optimizer=False)),
+            "optimizer": checkpoints.optimizer_tensors(module, _optimizers(module)),
         }
         folder = self.run_dir / "checkpoints"
         checkpoints.save(folder, module.step, tensors, state, self.generator, self.keep)
 
-    def _show(self, module: WorldModelTraining) -> None:
+    def _show(self, module: Training) -> None:
         """One bar over all restarts; without a terminal a plain line every 10 s."""
         if self._bar is None:
             from tqdm import tqdm

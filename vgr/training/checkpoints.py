@@ -63,25 +63,27 @@ def _stored_tensors(folder: Path) -> dict[str, Any]:
     return dict(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
 
 
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `<parameter>:exp_avg` and so on."""
+def optimizer_tensors(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state by parameter name: `<parameter>:exp_avg` and so on. No two share a parameter."""
     return {
         f"{name}:{key}": value
         for name, p in module.named_parameters()
+        for optimizer in optimizers
         for key, value in optimizer.state.get(p, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def _restore_optimizers(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], folder: Path) -> None:
     parameters = dict(module.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     tensors: dict[str, Tensor] = {}
     for key, stored in _stored_tensors(folder).items():
         name, _, slot = key.rpartition(":")
         p = parameters[name]
         scalar = len(stored.size) == 0  # AdamW's step count; the fused kernel wants it beside the parameter
         tensors[key] = torch.zeros((), device=p.device) if scalar else torch.zeros_like(p.detach())
-        optimizer.state[p][slot] = tensors[key]
+        owner[p].state[p][slot] = tensors[key]
     _load_tensors(tensors, folder)
 
 
@@ -244,9 +246,9 @@ def restore(
     weights: dict[str, Tensor],
     ema: dict[str, Tensor],
     module: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> None:
-    """Fill weights and EMA in place from a verified checkpoint, and the optimizer over module's parameters.
+    """Fill weights and EMA in place from a verified checkpoint, and the optimizers over module's parameters.
 
     Raises ValueError if names or shapes differ.
     """
@@ -254,8 +256,8 @@ def restore(
         stored = {name: info.size for name, info in _stored_tensors(checkpoint / part).items()}
         match(tensors, stored, checkpoint / part)
         _load_tensors(tensors, checkpoint / part)
-    if optimizer is not None:
-        _restore_optimizer(module, optimizer, checkpoint / "optimizer")
+    if optimizers:
+        _restore_optimizers(module, optimizers, checkpoint / "optimizer")
 
 
 def match(tensors: dict[str, Tensor], stored: dict[str, Sequence[int]], where: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "vgr").rglob("*.py"))
 BASE = {"types", "seeding"}
-COMMANDS = {"command", "train", "sample", "bench", "prepare"}
+COMMANDS = {"command", "train", "sample", "bench", "prepare", "export"}
 LIBRARY = {"geometry", "nn", "models", "diffusion", "metrics", "data"}
 MAY_IMPORT = {
     "types": set(),

@@ -281,13 +281,28 @@ class WorldModel(nn.Module):
         return CameraFrames(matrix, inverse, table), self.plucker_embedder(rays)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into a folder, made if missing."""
+        """Write config.json and model.safetensors into a new or empty folder; it appears whole or not at all."""
         weights.save_folder(folder, "WorldModel", self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> WorldModel:
-        """Load our own export or a diffusers `SanaWMTransformer3DModel` folder; every tensor must match."""
-        config, tensors = weights.load_folder(folder, world_model_weights.ADAPTERS)
-        model = cls(**config)
-        weights.assign(model, tensors, folder)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        partial: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> WorldModel:
+        """Load our own export, a diffusers `SanaWMTransformer3DModel` folder or the original release.
+
+        source: a folder, a .safetensors or .pt file, or a hub id, which needs a revision. partial: load what fits
+        and start the rest anew, instead of refusing. settings: constructor arguments that differ from what the
+        source says, for example softmax_bf16=False; the released ones stand in `world_model_weights.RELEASED`.
+        ValueError or FileNotFoundError name what is missing, unknown, of another shape, damaged or not finite.
+        """
+        names = world_model_weights
+        path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
+        config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
+        model = weights.build(cls, {**config, **settings}, meta=not partial)
+        weights.assign(model, tensors, path, partial, dtype)
         return model

@@ -1,0 +1,76 @@
+"""vgr-export: a run's world model, or anyone's weights of it, in our form, diffusers' or the original release's.
+
+vgr-export checkpoint=runs/world_model/tiny/seed1 out=my_model
+vgr-export checkpoint=sana_wm_1600m_720p.safetensors format=diffusers out=sana_wm_diffusers
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgr import command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+def main() -> None:
+    """Entry point of `vgr-export` and `python -m vgr.export`."""
+    command.run("export", body)
+
+
+def body(cfg: DictConfig) -> None:
+    """conf/export.yaml -> a folder with model.safetensors, or diffusers' names, that appears whole or not at all.
+
+    Tensors keep their bits and their precision; those that no output depends on travel along (spec 10.2).
+    """
+    from vgr.models import weights, world_model_weights
+    from vgr.models.world_model import WorldModel
+
+    for key, accepted in (("format", world_model_weights.EXPORTS), ("weights", ("ema", "weights"))):
+        if cfg[key] not in accepted:
+            raise ValueError(f"{key}={cfg[key]} is unknown; accepted: {', '.join(accepted)}")
+    for key in ("checkpoint", "out"):
+        if cfg[key] is None:
+            raise ValueError(f"{key} is not given: checkpoint=<run folder or weights> out=<new folder>")
+    out = Path(cfg.out)
+    weights.require_new(out)
+    config, tensors = read(str(cfg.checkpoint), cfg.weights, cfg.revision)
+    model = weights.build(WorldModel, config)
+    weights.check(model, tensors, cfg.checkpoint)
+    class_name, stem, translate = world_model_weights.EXPORTS[cfg.format]
+    described, tensors = translate(model.config, tensors)
+    weights.save_folder(out, class_name, described, tensors, stem)
+    numbers, size = sum(t.numel() for t in tensors.values()), sum(t.nbytes for t in tensors.values())
+    print(f"{out}: {len(tensors)} tensors, {numbers / 1e6:.1f} M numbers, {size / 1e9:.2f} GB")
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    again = weights.build(WorldModel, world_model_weights.ADAPTERS[class_name](described, meta)[0]).config
+    lost = [f"{k}={v}" for k, v in model.config.items() if again[k] != v]
+    if lost:
+        print(f"this format has no place for {', '.join(lost)}: give them to from_pretrained")
+
+
+def read(checkpoint: str, part: str = "ema", revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Constructor arguments and tensors of a run's model (`part`: ema or weights) or of weights in any form.
+
+    FileNotFoundError or ValueError say what is missing, damaged or not a world model.
+    """
+    from vgr.models import weights, world_model_weights
+    from vgr.training import checkpoints
+
+    names = world_model_weights
+    try:
+        folder = checkpoints.resolve(Path(checkpoint))
+    except FileNotFoundError:
+        path = weights.fetch(checkpoint, revision, names.PATTERNS, names.HOW_TO_GET)
+        return weights.load_folder(path, names.ADAPTERS, names.INSIDE)
+    tensors = checkpoints.read_weights(folder, part)
+    record = checkpoints.read_generator(folder)["model"]
+    if record["class"] != "WorldModel":
+        raise ValueError(f"{folder} holds a {record['class']}; vgr-export writes world models")
+    return record["config"], {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+
+
+if __name__ == "__main__":
+    main()

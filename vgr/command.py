@@ -112,7 +112,9 @@ def run_folder(runs: str, experiment: str | None, overrides: Iterable[str], seed
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~").split("@")[0]
-        if changes_results(key) and key not in ("seed", "experiments"):
+        if key == "scale":
+            experiment = f"{experiment or 'default'}_{value}"
+        elif changes_results(key) and key not in ("seed", "experiments"):
             told.append((key, value))
     # No "=" or ",": the folder's name can be given as a value, checkpoint=..., without quotes.
     full = "+".join(f"{key}-{value}" for key, value in sorted(told))

@@ -14,6 +14,8 @@ from vgr import command
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vgr.training.teacher_paths import TeacherPaths
+
 
 def main() -> None:
     """Entry point of the console script."""
@@ -27,8 +29,12 @@ def body(cfg: DictConfig) -> None:
     from vgr.data.prepare import prepare_split
 
     command.check_targets(cfg.source, "source")
+    source = instantiate(cfg.source)
+    if cfg.codec is None:  # the source brings latents of its own, of training clips only
+        write_paths(source, Path(cfg.out) / "train", cfg.train_clips, cfg.seed)
+        return
     command.check_targets(cfg.codec, "codec")
-    source, codec = instantiate(cfg.source), instantiate(cfg.codec)
+    codec = instantiate(cfg.codec)
     workers = cfg.workers or len(os.sched_getaffinity(0))
     for split, clips in (("val", cfg.val_clips), ("train", cfg.train_clips)):
         folder = Path(cfg.out) / split
@@ -36,6 +42,16 @@ def body(cfg: DictConfig) -> None:
             new = prepare_split(source, codec, folder, split, clips, cfg.seed, workers=workers,
                                 keep_video=cfg.keep_video, progress=show)
         print(f"{folder}: {clips} clips" + (f", {new} new" if new else ", nothing to do"))
+
+
+def write_paths(source: TeacherPaths, folder: Path, clips: int, seed: int) -> None:
+    """A teacher's trajectories, on a GPU where there is one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with Progress("trajectories", clips) as show:
+        new = source.write(folder, clips, seed, show, device)
+    print(f"{folder}: {clips} trajectories" + (f", {new} new" if new else ", nothing to do"))
 
 
 class Progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,8 @@ class Generator:
         record = checkpoints.read_generator(folder)
         digest = checkpoints.weights_hash(folder, "ema")
         given = {"steps": steps, "shift": shift, "guidance": guidance}
+        if steps is not None or shift is not None:
+            given["sigmas"] = []  # a student's own times give way
         sampling = {**record["sampling"], **{k: v for k, v in given.items() if v is not None}}
         data = checkpoints.read_state(folder)["config"]["data"]
         if device == "auto":
@@ -109,55 +111,58 @@ class Generator:
 
         if cameras.c2w.shape[1] > self.max_frames:
             raise ValueError(f"{cameras.c2w.shape[1]} frames asked; this model makes up to {self.max_frames}")
-        start = self._clock()
+        start = mark = self._clock()
         batch, frames = cameras.c2w.shape[:2]
         shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64, device=self.device)
+        pieces: list[np.ndarray] = []
+        first_at, denoise = start, 0.0
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             cond = conditioning(self.text, captions, cameras.to(self.device), shot, self.stride, self.chunk)
             null = self.text(tuple(("",) * len(row) for row in captions))
             first = None if first_frames is None else self._encode(first_frames)
-            denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
-            before = self._clock()
-            latents = self._denoise(denoiser, cond, seeds, first, progress)
-            after = self._clock()
-        count = latents.shape[2]
-        stream = self.codec.stream()
-        pieces = [self._to_bytes(stream(latents[:, :, :1]))]
-        first_at = self._clock()
-        if count > 1:
-            pieces.append(self._to_bytes(stream(latents[:, :, 1:])))
-        end = self._clock()
+            scale = 1.0 if self.sampling["sigmas"] else self.sampling["guidance"]
+            denoiser = guidance.guided(self.model, scale, null)
+            decode = self.codec.stream()
+            for latents in self._denoise(denoiser, cond, seeds, first, progress):
+                denoise += self._clock() - mark
+                if not pieces:
+                    pieces.append(self._to_bytes(decode(latents[:, :, :1])))
+                    latents, first_at = latents[:, :, 1:], self._clock()
+                if latents.shape[2]:
+                    pieces.append(self._to_bytes(decode(latents)))
+                mark = self._clock()
+        total = mark - start
         timings = {
-            "first_frame_s": first_at - start, "total_s": end - start, "denoise_s": after - before,
-            "decode_s": end - after, "frames": frames,
+            "first_frame_s": first_at - start, "total_s": total, "denoise_s": denoise, "decode_s": total - denoise,
+            "frames": frames,
         }  # fmt: skip
         return np.concatenate(pieces, axis=1), timings
 
     def _denoise(
         self, denoiser: Denoiser, cond: Conditioning, seeds: list[int], first: Tensor | None,
         progress: Callable[[int], None] | None,
-    ) -> Tensor:  # fmt: skip
-        """Latents by the checkpoint's method; `progress` hears of each step, or of each chunk when streaming."""
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Latents by the checkpoint's method, at once or chunk by chunk; `progress` hears of each step or chunk."""
         import torch
 
         from vgr.diffusion import rollout, samplers, timesteps
         from vgr.seeding import torch_generator
 
         height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
-        steps, shift = self.sampling["steps"], self.sampling["shift"]
+        own, steps, shift = (self.sampling[k] for k in ("sigmas", "steps", "shift"))
+        sigmas = torch.tensor(own, dtype=torch.float64) if own else timesteps.sigma_grid(steps, shift)
         if self.sampling["method"] == "stream":
-            sigmas = timesteps.few_step_sigmas(steps, shift, self.sampling["grid_steps"]).to(self.device)
             noise = samplers.frame_noise(seeds, (self.codec.channels, height, width), self.device)
-            pieces = []
-            for latents, _ in rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first):
-                pieces.append(latents)
+            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first)
+            for i, (latents, _) in enumerate(chunks):
                 if progress is not None:
-                    progress(len(pieces))
-            return torch.cat(pieces, dim=2)
+                    progress(i)
+                yield latents
+            return
         shape = (self.codec.channels, len(cond.layout.position), height, width)
         noise = torch.stack([torch.randn(shape, generator=torch_generator(s, "noise")) for s in seeds])
         solve = samplers.euler if self.sampling["method"] == "joint" else samplers.chunk_flow_euler
-        return solve(denoiser, noise.to(self.device), cond, timesteps.sigma_grid(steps, shift), first, progress)
+        yield solve(denoiser, noise.to(self.device), cond, sigmas, first, progress)
 
     def _encode(self, images: np.ndarray) -> Tensor:
         import torch

@@ -119,6 +119,9 @@ def build(cfg: DictConfig) -> tuple[callbacks.Training, pl.LightningDataModule, 
         raise ValueError(
             f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
         )
+    made_for, asked = data.train_shards.manifest["extra"].get("times"), cfg.training.get("objective", {}).get("times")
+    if made_for != asked:
+        raise ValueError(f"training.objective.times={asked}, but {cfg.data.train} holds trajectories at {made_for}")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = instantiate(cfg.text)
     model = instantiate(cfg.model)

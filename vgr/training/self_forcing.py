@@ -31,9 +31,9 @@ class SelfForcing(pl.LightningModule):
     """Trains `model` (the student) and a critic that starts as `teacher["model"]`; texts and teacher stay frozen.
 
     teacher: {"model", "text"}, bidirectional. sigmas: the student's times, falling from 1 to 0. chunk: latent frames
-    of a chunk. critic_steps: critic updates for one of the student. guidance: of the teacher's score, against
-    `negative` (a prompt; "" is the null text). score_shift: flow shift of the times the scores are asked at.
-    max_samples and ema_half_life are counted in samples; an update of either network takes a global batch.
+    of a chunk. critic_steps: critic updates, at lr * critic_lr_factor, for one of the student. guidance: of the
+    teacher's score, against `negative` (a prompt; "" is the null text). score_shift: flow shift of the times the
+    scores are asked at. max_samples and ema_half_life are counted in samples; each step takes a global batch.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SelfForcing(pl.LightningModule):
         sigmas: Sequence[float],
         chunk: int,
         lr: float = 1e-5,
-        critic_lr: float = 2e-6,
+        critic_lr_factor: float = 0.2,
         critic_steps: int = 5,
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
@@ -73,7 +73,7 @@ class SelfForcing(pl.LightningModule):
         self.chunk, self.stride = chunk, codec.stride[0]
         self.register_buffer("sigmas", torch.tensor(list(sigmas), dtype=torch.float64), persistent=False)
         self.seed, self.global_batch, self.max_samples = seed, global_batch, max_samples
-        self.rates, self.critic_steps, self.clip = (lr, critic_lr), critic_steps, clip
+        self.rates, self.critic_steps, self.clip = (lr, lr * critic_lr_factor), critic_steps, clip
         self.adam = (weight_decay, tuple(betas), eps)
         self.guidance, self.negative, self.score_shift = guidance, negative, score_shift
         self.ema_half_life, self.validation_levels = ema_half_life, tuple(validation_levels)

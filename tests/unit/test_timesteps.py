@@ -139,7 +139,9 @@ def test_monotone_levels_have_the_path_counts_marginals_at_full_size():
     assert (drawn[:, anchor] == level).all()
 
     def moments(i, length, values):
-        paths = [math.comb(t + i, i) * math.comb(values - 1 - t + length - 1 - i, length - 1 - i) for t in range(values)]
+        paths = [
+            math.comb(t + i, i) * math.comb(values - 1 - t + length - 1 - i, length - 1 - i) for t in range(values)
+        ]
         total = sum(paths)
         assert total == math.comb(values + length - 1, length)
         mean = sum(t * n for t, n in enumerate(paths)) / total

@@ -1,5 +1,6 @@
 """Flow, guidance and the samplers against closed forms and recorded calls."""
 
+import pytest
 import torch
 
 from vgr.diffusion import flow, samplers, timesteps
@@ -138,12 +139,24 @@ def test_chunk_flow_of_one_chunk_is_euler():
         assert torch.equal(samplers.euler(*args), samplers.chunk_flow_euler(*args))
 
 
+def test_euler_runs_in_segments():
+    noise = torch.randn(1, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    sigmas, cond = torch.linspace(1, 0, 7), _cond(1, 3)
+
+    def model(x, t, cond, state=None, *, commit=False):
+        return torch.sin(3 * x) + t[:, None, :, None, None], None
+
+    part = samplers.euler(model, noise, cond, sigmas[:4], noise[:, :, :1])
+    made = samplers.euler(model, part, cond, sigmas[3:], noise[:, :, :1])
+    assert torch.equal(made, samplers.euler(model, noise, cond, sigmas, noise[:, :, :1]))
+
+
 def test_samplers_refuse_bad_grids_stagger_and_layouts():
     noise, sigmas = torch.zeros(1, 1, 7, 1, 1), torch.linspace(1, 0, 5)
     model, cond = _Recorder(), _chunked(7)
     for bad in (torch.tensor([1.0, 0.5]), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.2, 0.0]), torch.zeros(1)):
         with pytest.raises(ValueError, match="sigmas must fall"):
-            samplers.euler(model, noise, cond, bad)
+            samplers.chunk_flow_euler(model, noise, cond, bad)
         with pytest.raises(ValueError, match="sigmas must fall"):
             samplers.few_step(model, lambda p, i: noise, cond, bad)
     for stagger in (0.0, 1.5):

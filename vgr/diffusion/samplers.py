@@ -25,7 +25,7 @@ def euler(
     first_frame: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Euler steps down `sigmas` (steps + 1, ending in 0) from noise (B,C,T,H,W) to latents (spec 1.4).
+    """Euler steps down `sigmas` (steps + 1, ending in 0 at clean latents) from noise (B,C,T,H,W) (spec 1.4).
 
     first_frame (B,C,1,H,W): given clean latents, held at latent frame 0 with t = 0. Updates use the exact sigma;
     a model that truncates its times does so itself. `on_step(i)` is called after each step.
@@ -49,7 +49,8 @@ def chunk_flow_euler(
     each chunk waits for the one before. Every call takes the chunks that have started; finished ones stay in at
     t = 0. There are int((chunks - 1) * stagger * steps) + steps calls. ValueError unless 0 < stagger <= 1.
     """
-    bounds, steps = chunk_bounds(cond.layout), len(sigmas) - 1
+    sigmas, bounds = _checked(sigmas), chunk_bounds(cond.layout)
+    steps = len(sigmas) - 1
     share = 1 / len(bounds) if stagger is None else stagger
     if not 0 < share <= 1:
         raise ValueError(f"stagger={stagger} is the share of a chunk's steps after which the next starts: use (0, 1]")
@@ -68,7 +69,7 @@ def _descend(
     on_step: Callable[[int], None] | None,
 ) -> Tensor:
     """Euler steps where frame f of T begins at global step start[f], non-decreasing over frames."""
-    sigmas = _checked(sigmas)
+    sigmas = sigmas.to("cpu", torch.float64)
     x, steps, first = noise.clone(), len(sigmas) - 1, torch.tensor(start)
     free = torch.ones(len(start), dtype=torch.float64)
     if first_frame is not None:

@@ -90,6 +90,8 @@ def test_one_chunk_gives_the_times_of_the_bidirectional_model():
 def test_chunk_mixture_keeps_its_shares_and_its_order():
     times = timesteps.training_times(torch.arange(4000), CHUNKS, 0, 1.0, 0.9)
     assert abs(float((times[:, 0] == 0).double().mean()) - 0.9) < 0.02
+    turned = dict(reversed(timesteps.MIXTURE.items()))
+    assert torch.equal(timesteps.training_times(torch.arange(20), CHUNKS, 0, 1.0, 0.9, turned), times[:20])
     per_chunk = times[:, [3, 6, 10]]
     assert (per_chunk.diff(dim=1) >= 0).all()
     same = (per_chunk == per_chunk[:, :1]).all(1).double().mean()
@@ -139,7 +141,9 @@ def test_monotone_levels_have_the_path_counts_marginals_at_full_size():
     assert (drawn[:, anchor] == level).all()
 
     def moments(i, length, values):
-        paths = [math.comb(t + i, i) * math.comb(values - 1 - t + length - 1 - i, length - 1 - i) for t in range(values)]
+        paths = [
+            math.comb(t + i, i) * math.comb(values - 1 - t + length - 1 - i, length - 1 - i) for t in range(values)
+        ]
         total = sum(paths)
         assert total == math.comb(values + length - 1, length)
         mean = sum(t * n for t, n in enumerate(paths)) / total

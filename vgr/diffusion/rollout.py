@@ -81,6 +81,8 @@ class Session:
             if not hasattr(part, needed):
                 name = getattr(part, "__name__", type(part).__name__)
                 raise ValueError(f"a session streams, and {name} has no {needed}(); make its videos whole (vgr-sample)")
+        if chunk < 1 or not 0 < fps < float("inf"):
+            raise ValueError(f"chunk={chunk}, fps={fps}: a session needs chunk >= 1 latent frame and fps > 0")
         self.stride, height, width = codec.stride
         if size_hw[0] % height or size_hw[1] % width:
             raise ValueError(f"size_hw={tuple(size_hw)} must be multiples of the codec's stride ({height}, {width})")
@@ -177,11 +179,11 @@ class Session:
     def _next(self) -> Tensor:
         first = None if self._image is None else self._encode(self._image)
         parts = (self.denoiser, self._state, self._queue[0], self.sigmas, self._noise, first)
-        latents, self._state = next(stream(*parts, renoise=self.renoise))
-        self._image = None
-        self._queue.popleft()
+        latents, state = next(stream(*parts, renoise=self.renoise))
         with torch.autocast(self.device.type, enabled=False):
             video = self._decoder(latents)
+        self._state, self._image = state, None
+        self._queue.popleft()
         return ((video[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
 
     def _encode(self, image: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def euler(
     first_frame: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Euler steps down `sigmas` (steps + 1, ending in 0) from noise (B,C,T,H,W) to latents (spec 1.4).
+    """Euler steps down `sigmas` (steps + 1, ending in 0 at clean latents) from noise (B,C,T,H,W) (spec 1.4).
 
     first_frame (B,C,1,H,W): given clean latents, held at latent frame 0 with t = 0. Updates use the exact sigma;
     a model that truncates its times does so itself. `on_step(i)` is called after each step.
@@ -49,7 +49,8 @@ def chunk_flow_euler(
     each chunk waits for the one before. Every call takes the chunks that have started; finished ones stay in at
     t = 0. There are int((chunks - 1) * stagger * steps) + steps calls. ValueError unless 0 < stagger <= 1.
     """
-    bounds, steps = chunk_bounds(cond.layout), len(sigmas) - 1
+    sigmas, bounds = _checked(sigmas), chunk_bounds(cond.layout)
+    steps = len(sigmas) - 1
     share = 1 / len(bounds) if stagger is None else stagger
     if not 0 < share <= 1:
         raise ValueError(f"stagger={stagger} is the share of a chunk's steps after which the next starts: use (0, 1]")
@@ -68,8 +69,8 @@ def _descend(
     on_step: Callable[[int], None] | None,
 ) -> Tensor:
     """Euler steps where frame f of T begins at global step start[f], non-decreasing over frames."""
-    x, steps, first = noise.clone(), len(sigmas) - 1, torch.tensor(start)
     sigmas = sigmas.to("cpu", torch.float64)
+    x, steps, first = noise.clone(), len(sigmas) - 1, torch.tensor(start)
     free = torch.ones(len(start), dtype=torch.float64)
     if first_frame is not None:
         x[:, :, :1] = first_frame
@@ -107,13 +108,14 @@ def few_step(
     gradient; without it nothing has. first_frame (B,C,1,H,W) is held at cond's first frame with t = 0. Nothing is
     committed. ValueError for an exit_step beyond the steps.
     """
+    sigmas = _checked(sigmas)
     steps = len(sigmas) - 1
     last = steps - 1 if exit_step is None else exit_step
     if not 0 <= last < steps:
         raise ValueError(f"exit_step={exit_step} with {steps} steps: use 0 to {steps - 1}, or none for all")
     grad = exit_step is not None and torch.is_grad_enabled()
     x = noise(cond.layout.position, 0)
-    times = sigmas.to(x.device, torch.float64)[:, None].repeat(1, x.shape[2])
+    times = sigmas.to(x.device)[:, None].repeat(1, x.shape[2])
     if first_frame is not None:
         x = torch.cat([first_frame.to(x), x[:, :, 1:]], dim=2)
         times[:, 0] = 0.0
@@ -128,6 +130,14 @@ def few_step(
         elif i < last:
             x = flow.clean_estimate(x, v, (t - following).to(x.dtype))
     return clean, state
+
+
+def _checked(sigmas: Tensor) -> Tensor:
+    """The grid in fp64 on the host; ValueError unless it falls from at most 1 to 0."""
+    sigmas = sigmas.to("cpu", torch.float64)
+    if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[0] > 1 + 1e-9 or sigmas[-1] != 0 or (sigmas.diff() >= 0).any():
+        raise ValueError(f"sigmas must fall from at most 1 to exactly 0, got {sigmas.tolist()}")
+    return sigmas
 
 
 def frame_noise(seeds: Sequence[int], shape_CHW: Sequence[int], device: torch.device | str = "cpu") -> FrameNoise:

@@ -88,8 +88,8 @@ def _chunk_levels(chunks: int, level: int, mixture: Mapping[str, float], generat
     """Levels (chunks,) of one sample of the mixture around its drawn level."""
     if chunks == 1:
         return torch.tensor([level])
-    weights = torch.tensor(list(mixture.values()), dtype=torch.float64)
-    kind = list(mixture)[int(torch.multinomial(weights, 1, generator=generator))]
+    weights = torch.tensor([mixture.get(k, 0.0) for k in MIXTURE], dtype=torch.float64)
+    kind = list(MIXTURE)[int(torch.multinomial(weights, 1, generator=generator))]
     if kind == "same":
         return torch.full((chunks,), level)
     anchor = int(torch.randint(chunks, (), generator=generator)) if kind == "incremental" else chunks - 1

@@ -11,6 +11,7 @@ edges, so the centre of pixel i is (i + 0.5) / W. Times t lie in [0, 1], 0 is cl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -164,6 +165,10 @@ class Codec(Protocol):
     def encode(self, video: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """Takes successive latent frames, gives their raw frames; together they equal `decode`."""
+        ...
 
 
 class TextEncoder(Protocol):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "vgr").rglob("*.py"))
 BASE = {"types", "seeding"}
 COMMANDS = {"command", "train", "sample", "bench", "prepare", "export"}
-LIBRARY = {"geometry", "nn", "models", "diffusion", "metrics", "data"}
+LIBRARY = {"geometry", "nn", "models", "diffusion", "distillation", "metrics", "data"}
 MAY_IMPORT = {
     "types": set(),
     "seeding": set(),
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "nn": BASE | {"geometry"},
     "models": BASE | {"geometry", "nn"},
     "diffusion": BASE,
+    "distillation": BASE | {"diffusion"},
     "metrics": BASE | {"geometry"},
     "data": BASE | {"geometry", "metrics"},
     "training": BASE | LIBRARY,

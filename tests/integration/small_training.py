@@ -88,7 +88,8 @@ def train(folder, *arguments):
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv, here, threads = sys.argv, os.getcwd(), torch.get_num_threads()
-    sys.argv = ["vgr-train", "--config-dir", "own", "experiments=mini", *arguments]
+    chosen = [] if any(x.startswith("experiments=") for x in arguments) else ["experiments=mini"]
+    sys.argv = ["vgr-train", "--config-dir", "own", *chosen, *arguments]
     os.chdir(folder)
     torch.set_num_threads(1)
     try:

@@ -107,6 +107,7 @@ def test_score_times_are_shifted_bounded_and_clean_at_the_first_frame():
     assert float(t[:, 1].min()) >= 0.02 and float(t[:, 1].max()) < 0.98001 and float(t[:, 1].mean()) > 0.7
 
 
+GDN_ONLY = ("beta_proj", "gate_proj", "A_log", "dt_bias", "conv_k")
 SMALL = {"in_channels": 4, "width": 32, "heads": 2, "layers": 2, "text_width": 16, "raw_frames": 4}
 
 
@@ -123,7 +124,7 @@ def _tensors(seed, **changes):
     [
         ([], {}, {}, ()),
         (["latents"], {}, {"in_channels": 6}, ("x_embedder", "final_linear")),
-        (["gdn"], {"mixer": "linear", "softmax_every": 0}, {"softmax_every": 0}, ("beta_proj", "gate_proj", "A_log", "dt_bias", "conv_k")),
+        (["gdn"], {"mixer": "linear", "softmax_every": 0}, {"softmax_every": 0}, GDN_ONLY),
         (["softmax"], {"softmax_every": 0}, {"softmax_every": 2}, ()),
     ],
     ids=str,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vgr.types import TextStates
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Gemma2Text(nn.Module):
@@ -43,8 +43,8 @@ class Gemma2Text(nn.Module):
         device: str = "cpu",
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"text.dtype={dtype}: choose {' or '.join(DTYPES)}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"text.dtype={dtype}: choose {' or '.join(_DTYPES)}")
         self.config: dict[str, Any] = {
             "folder": str(folder), "prompt_config": str(prompt_config), "revision": revision, "width": width,
             "length": length, "dtype": dtype,
@@ -54,7 +54,7 @@ class Gemma2Text(nn.Module):
         if torch.get_default_device().type == "meta":
             return
         self.instruction = read_instruction(prompt_config)
-        self.tokenizer, network = _load(folder, revision, DTYPES[dtype])
+        self.tokenizer, network = _load(folder, revision, _DTYPES[dtype])
         if network.config.hidden_size != width:
             raise ValueError(f"text.width={width}, but {folder} is {network.config.hidden_size} wide: set it so")
         self.instruction_tokens = len(self.tokenizer.encode(self.instruction))

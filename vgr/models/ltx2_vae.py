@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from vgr.models import weights
 from vgr.seeding import torch_generator
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_PIECE = 4  # latent frames a causal decoder is given at once: bounds memory, changes nothing
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PIECE = 4  # latent frames a causal decoder takes at once: bounds memory, changes nothing
 _CONTEXT = 4  # latent frames a decoder that looks ahead sees before a streamed piece: the overlap of released tiles
 
 
@@ -51,8 +51,8 @@ class LTX2Codec(nn.Module):
         device: str = "cpu",
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"codec.dtype={dtype}: choose {' or '.join(DTYPES)}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"codec.dtype={dtype}: choose {' or '.join(_DTYPES)}")
         self.config: dict[str, Any] = {
             "folder": str(folder), "subfolder": subfolder, "revision": revision, "sample_posterior": sample_posterior,
             "tile": tile and list(tile), "tile_stride": list(tile_stride), "dtype": dtype,
@@ -60,7 +60,7 @@ class LTX2Codec(nn.Module):
         self.sample_posterior = sample_posterior
         config, tensors = weights.load_folder(_local(folder, subfolder, revision), _ADAPTERS)
         self.vae = _untrained(config, folder).requires_grad_(False).eval()
-        self.to(DTYPES[dtype])
+        self.to(_DTYPES[dtype])
         weights.assign(self.vae, tensors, folder)
         self.stride = _stride(self.vae.config)
         self.tile, self.tile_stride = _tiles(tile, tile_stride, self.stride)
@@ -137,12 +137,7 @@ class LTX2Codec(nn.Module):
 
         Clip by clip and, along time, piece by piece, so that memory grows only with the video itself.
         """
-        pieces = _PIECE if self.causal else latents.shape[2]
-        clips = []
-        for clip in latents.split(1):
-            stream = self.stream()
-            clips.append(torch.cat([stream(piece) for piece in clip.split(pieces, dim=2)], dim=2))
-        return torch.cat(clips)
+        return torch.cat([self.stream()(clip) for clip in latents.split(1)])
 
     def stream(self) -> LTX2DecodeStream:
         """A decoder that takes a clip's latent frames piece by piece; equal to `decode` where `causal`."""
@@ -154,7 +149,7 @@ class LTX2Codec(nn.Module):
         diffusers' own loop drops each window's last frame where the first is the double, so all after the first
         boundary comes a frame late and is blended with its neighbour; the released code drops the first, as here.
         """
-        t, h, w = self.stride
+        t = self.stride[0]
         if self.tile is None or z.shape[2] <= self.tile[0] // t + 1:
             return self._window(z)
         size, step = self.tile[0] // t + 1, self.tile_stride[0] // t
@@ -179,8 +174,8 @@ class LTX2Codec(nn.Module):
 class LTX2DecodeStream:
     """Streaming decode: call with successive latent frames (B,C,T,H,W), get their raw frames (B,3,F,H,W) fp32.
 
-    Memory is constant. The first call gives 1 + (T-1)*t raw frames, later ones T*t. Exact where `codec.causal`;
-    else a piece's last frames, which would look at the next piece, differ from those of a whole decode.
+    The first call gives 1 + (T-1)*t raw frames, later ones T*t; what is kept between them does not grow. Exact where
+    `codec.causal`; else a piece's last frames, which would look at the next piece, differ from a whole decode's.
     """
 
     def __init__(self, codec: LTX2Codec) -> None:
@@ -199,9 +194,11 @@ class LTX2DecodeStream:
             )
         z = (latents.to(codec.mean.device).float() * codec.scale + codec.mean).to(codec.vae.dtype)
         with torch.autocast(z.device.type, enabled=False):
-            video = self._causal(z) if codec.causal else self._looking_ahead(z)
-        self.started = True
-        return video.to(latents.device, torch.float32)
+            if codec.causal:
+                video = torch.cat([self._causal(piece).float() for piece in z.split(_PIECE, dim=2)], dim=2)
+            else:
+                video = self._looking_ahead(z).float()
+        return video.to(latents.device)
 
     def _looking_ahead(self, z: Tensor) -> Tensor:
         known = 0
@@ -225,6 +222,7 @@ class LTX2DecodeStream:
             for block in up.resnets:
                 x = self._resnet(block, x)
         x = self._conv(decoder.conv_out, decoder.conv_act(decoder.norm_out(x)))
+        self.started = True
         # Patches list width before height, unlike the up-samplers' blocks.
         p, p_t = decoder.patch_size, decoder.patch_size_t
         return _unfold(x.unflatten(1, (-1, p_t, p, p)).transpose(3, 4).flatten(1, 4), (p_t, p, p))
@@ -286,15 +284,15 @@ def _stride(config: Mapping[str, Any]) -> tuple[int, int, int]:
 def _tiles(
     tile: Sequence[int] | None, tile_stride: Sequence[int], stride: tuple[int, int, int]
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    if tile is not None and not all(
-        len(tile) == len(tile_stride) == 3 and 0 < b < a and a % s == 0 and b % s == 0
-        for a, b, s in zip(tile, tile_stride, stride)
-    ):
+    if tile is None:
+        return None, tuple(tile_stride)
+    fits = [0 < b < a and a % s == 0 and b % s == 0 for a, b, s in zip(tile, tile_stride, stride)]
+    if len(tile) != 3 or len(tile_stride) != 3 or not all(fits):
         raise ValueError(
             f"codec.tile={list(tile)} and codec.tile_stride={list(tile_stride)} are (frames, height, width), "
             f"multiples of the codec's stride {list(stride)}, each tile larger than its stride"
         )
-    return None if tile is None else tuple(tile), tuple(tile_stride)
+    return tuple(tile), tuple(tile_stride)
 
 
 def _untrained(config: dict[str, Any], source: str | Path) -> nn.Module:
@@ -309,10 +307,6 @@ def _untrained(config: dict[str, Any], source: str | Path) -> nn.Module:
     return AutoencoderKLLTX2Video.from_config(config)
 
 
-def _from_diffusers(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return config, tensors
-
-
 def _from_release(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`ltx2_causal_vae/`: the same modules; its kinds of up-samplers, where given, are listed from the output back."""
     config = {k: v for k, v in config.items() if k != "gradient_checkpointing"}
@@ -320,4 +314,7 @@ def _from_release(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[d
     return config | ({"upsample_type": kinds[::-1]} if kinds else {}), tensors
 
 
-_ADAPTERS = {"AutoencoderKLLTX2Video": _from_diffusers, "AutoencoderKLCausalLTX2Video": _from_release}
+_ADAPTERS: dict[str, weights.Adapter] = {
+    "AutoencoderKLLTX2Video": lambda config, tensors: (config, tensors),
+    "AutoencoderKLCausalLTX2Video": _from_release,
+}

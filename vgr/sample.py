@@ -2,11 +2,14 @@
 
 vgr-sample checkpoint=runs/world_model/tiny/seed1 path=orbit seconds=8 first_frame=img.png prompt="a dim room"
 vgr-sample checkpoint=runs/world_model/tiny/seed1 actions=[w-30,l-20]
+vgr-sample checkpoint=runs/world_model/tiny/seed1 cameras=colmap/sparse/0 scale=0.5 first_frame=img.png
 """
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
+    from vgr.geometry.formats import CameraFile
     from vgr.types import Cameras, Conditioning, Denoiser
 
 
@@ -190,20 +194,24 @@ def body(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4, side_by_side.mp4, cameras.npz and sample.json."""
     if cfg.checkpoint is None:
         raise ValueError("checkpoint is not given: checkpoint=<run folder or one of its checkpoints>")
-    if (cfg.path is None) == (cfg.actions is None):
-        raise ValueError("give either path=<name> or actions=<keys-frames,...>, and not both")
+    given = [way for way in ("path", "actions", "cameras") if cfg[way] is not None]
+    if len(given) != 1:
+        told = " and ".join(given) or "none"
+        raise ValueError(f"give one of path=<name>, actions=<keys-frames,...> and cameras=<pose file>; got {told}")
+    file = None if cfg.cameras is None else read_pose_file(cfg)
     generator = Generator.load(cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance)
-    cameras, shown = read_path(cfg, generator)
+    cameras, shown = read_path(cfg, generator, file)
     first = None if cfg.first_frame is None else read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
-    name = cfg.path or "actions"
+    name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
     with _progress(generator.sampling["steps"]) as step:
         videos, timings = generator(first, cameras, ((cfg.prompt,),), [cfg.seed], step)
     settings = {
         "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": str(cfg.actions),
-        "prompt": cfg.prompt, "seed": cfg.seed, "fps": generator.fps, "sampling": generator.sampling,
-        "first_frame": cfg.first_frame, "timings": timings,
+        "cameras": cfg.cameras, "scale": cfg.scale, "intrinsics": str(cfg.intrinsics), "prompt": cfg.prompt,
+        "seed": cfg.seed, "fps": generator.fps, "sampling": generator.sampling, "first_frame": cfg.first_frame,
+        "timings": timings,
     }  # fmt: skip
     write_sample(out, videos[0, :shown], cameras.frames(0, shown), generator.fps, settings)
     print(out / "side_by_side.mp4")
@@ -221,15 +229,22 @@ def read_first_frame(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
     return frame
 
 
-def read_path(cfg: DictConfig, generator: Generator) -> tuple[Cameras, int]:
-    """Cameras (1,F) of the asked path, padded to a length the codec takes by resting at the end; frames to show."""
+def read_path(cfg: DictConfig, generator: Generator, file: CameraFile | None = None) -> tuple[Cameras, int]:
+    """Cameras (1,F) of the asked path, padded to a length the codec takes by resting at the end; frames to show.
+
+    ValueError for a path that the model cannot take. A pose file's speeds beyond the trained range are told on stderr.
+    """
     import torch
 
+    from vgr.geometry.checks import check_cameras
     from vgr.geometry.trajectories import from_actions, named_cameras
     from vgr.types import Cameras
 
-    own = torch.tensor(generator.intrinsics, dtype=torch.float64)
-    if cfg.actions is not None:
+    own = read_intrinsics(cfg.intrinsics, generator)
+    if file is not None:
+        c2w, k = follow(file, cfg, generator, own)
+        shown = len(c2w)
+    elif cfg.actions is not None:
         text = cfg.actions if isinstance(cfg.actions, str) else ",".join(map(str, cfg.actions))
         c2w = from_actions(text, cfg.dialect)
         shown, k = len(c2w), own.expand(len(c2w), 4)
@@ -242,19 +257,96 @@ def read_path(cfg: DictConfig, generator: Generator) -> tuple[Cameras, int]:
             turns=cfg.turns,
         )  # fmt: skip
     rest = -(shown - 1) % generator.stride
-    c2w, k = (torch.cat([x, x[-1:].expand(rest, *x.shape[1:])]) for x in (c2w, k))
-    return Cameras(c2w[None].float(), k[None].float()), shown
+    c2w, k = (torch.cat([x, x[-1:].expand(rest, *x.shape[1:])])[None] for x in (c2w, k))
+    if file is not None or cfg.intrinsics is not None:
+        unusual = check_cameras(Cameras(c2w, k), generator.fps, generator.size_hw, generator.stride)
+        for line in unusual if file is not None else ():
+            print(f"vgr-sample: warning: {line}", file=sys.stderr)
+    return Cameras(c2w.float(), k.float()), shown
+
+
+def read_pose_file(cfg: DictConfig) -> CameraFile:
+    """The file of cameras=, its pictures of first_frame's size where it does not tell. ValueError or OSError."""
+    import cv2
+
+    from vgr.geometry.formats import read_cameras
+
+    image = cfg.first_frame
+    known = image is not None and not image.endswith(".mp4") and cv2.haveImageReader(image)
+    return read_cameras(cfg.cameras, size_hw=cv2.imread(image).shape[:2] if known else None)
+
+
+def read_intrinsics(value: Any, generator: Generator) -> Tensor:
+    """intrinsics= as (4,) float64: the model's own for None, a horizontal field of view, or four numbers."""
+    import torch
+
+    from vgr.geometry.cameras import from_fov
+
+    if value is None:
+        return torch.tensor(generator.intrinsics, dtype=torch.float64)
+    numbers = [value] if isinstance(value, (int, float)) else list(value) if not isinstance(value, str) else []
+    if len(numbers) not in (1, 4) or not all(isinstance(x, (int, float)) for x in numbers):
+        raise ValueError(
+            f"intrinsics={value} must be a horizontal field of view in degrees (intrinsics=60) or [fx,fy,cx,cy] "
+            "divided by the picture's width and height; they cannot be estimated from the first frame"
+        )
+    if len(numbers) == 1:
+        height, width = generator.size_hw
+        return from_fov(numbers[0], width / height, torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def follow(file: CameraFile, cfg: DictConfig, generator: Generator, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Poses (F,4,4) from the first one on and intrinsics (F,4) of a pose file, at the model's rate and picture.
+
+    Without times the file's poses are taken one a frame. Its intrinsics follow its pictures when they are cut to the
+    model's shape as a first frame is; `own` (4,) stands in where it has none or intrinsics= is given.
+    """
+    import torch
+
+    from vgr.geometry.cameras import crop_intrinsics, interpolate, relative_to_first
+    from vgr.geometry.checks import check_cameras
+    from vgr.types import Cameras
+
+    c2w, k, fps = file.c2w[0], file.intrinsics[0], generator.fps
+    if file.size_hw is not None:
+        (height, width), (h, w) = file.size_hw, generator.size_hw
+        scale = min(height / h, width / w)
+        k = crop_intrinsics(k, file.size_hw, ((height - h * scale) / 2, (width - w * scale) / 2, h * scale, w * scale))
+    if cfg.intrinsics is not None or bool(k.isnan().all()):
+        k = own.expand(len(c2w), 4)
+    try:  # before poses are taken between the file's: a bad one would get another number, or be hidden
+        check_cameras(Cameras(c2w[None], k[None]), fps, generator.size_hw)
+    except ValueError as error:
+        raise ValueError(f"cameras={cfg.cameras}: {error}") from error
+    if not isinstance(cfg.scale, (int, float)) or not math.isfinite(cfg.scale):
+        raise ValueError(f"scale={cfg.scale} must be a number, the metres of one unit of the pose file")
+    seconds = (len(c2w) - 1) / fps if file.times is None else float(file.times[-1])
+    shown = 1 + math.floor(seconds * fps + 1e-6)
+    if not 2 <= shown <= generator.max_frames:
+        raise ValueError(
+            f"cameras={cfg.cameras} holds {len(c2w)} poses over {seconds:.2f} s, {shown} frames at {fps:g} a second; "
+            f"this model makes 2 to {generator.max_frames} frames, so cut the file"
+        )
+    c2w = relative_to_first(c2w)
+    c2w[:, :3, 3] *= cfg.scale
+    if file.times is not None:
+        new = (torch.arange(shown, dtype=torch.float64) / fps).clamp(max=seconds)
+        c2w = interpolate(c2w, file.times, new)
+        k = torch.from_numpy(np.stack([np.interp(new, file.times, column) for column in k.T], axis=1))
+    return c2w, k
 
 
 def write_sample(out: Path, frames: np.ndarray, cameras: Cameras, fps: float, settings: dict[str, Any]) -> None:
     """Write the video (F,H,W,3), the video beside its path seen from above, the poses and the settings."""
     from vgr.data.video import write_video
+    from vgr.geometry.formats import write_cameras
     from vgr.report.path_view import beside_path
 
     c2w, intrinsics = cameras.c2w[0].double().numpy(), cameras.intrinsics[0].double().numpy()
     write_video(out / "video.mp4", frames, fps)
     write_video(out / "side_by_side.mp4", beside_path(frames, c2w, intrinsics), fps)
-    np.savez(out / "cameras.npz", c2w=c2w, intrinsics=intrinsics, fps=fps)
+    write_cameras(out / "cameras.npz", cameras, fps)
     (out / "sample.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from vgr.models.codec import WaveletCodec
+from vgr.models.gemma import Gemma2Text
+from vgr.models.ltx2_vae import LTX2Codec
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
 from vgr.training import checkpoints
 
-KNOWN = {c.__name__: c for c in (WorldModel, ByteTextEncoder, WaveletCodec)}
+KNOWN = {c.__name__: c for c in (WorldModel, ByteTextEncoder, Gemma2Text, WaveletCodec, LTX2Codec)}
 
 
 def rebuild(checkpoint: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from vgr import command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+MODEL = ("mixer", "sink", "window", "softmax_every")
 STAGES = [name for name in command.presets() if name not in ("world_model/tiny", "world_model/doom_small")]
-SAME = ("training._target_", "training.chunk", "surgery", "model.mixer", "model.sink", "model.window", "sampling.method")
+SAME = ("training._target_", "training.chunk", "surgery", "sampling.method", *map("model.{}".format, MODEL))
 
 
 @pytest.mark.parametrize("name", command.presets())

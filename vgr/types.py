@@ -11,7 +11,7 @@ edges, so the centre of pixel i is (i + 0.5) / W. Times t lie in [0, 1], 0 is cl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -149,6 +149,38 @@ class Denoiser(Protocol):
     def __call__(
         self, x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, *, commit: bool = False
     ) -> tuple[Tensor, Any]: ...
+
+
+class Shard(Protocol):
+    """How a block hears of context parallelism: this rank holds `frames(total)` of a call's latent frames (spec 5.4).
+
+    Every rank of the group calls the same operations in the same order. All are differentiable, and gradients are
+    those of the sum of the ranks' losses. `vgr.parallel.context.ContextShard` implements it.
+    """
+
+    rank: int
+    size: int
+
+    def frames(self, total: int, rank: int | None = None) -> tuple[int, int]:
+        """Frames a (included) to b (excluded) of `total` that this rank, or the given one, holds."""
+
+    def all_gather(self, x: Tensor, dim: int = 0, total: int | None = None) -> Tensor:
+        """The ranks' tensors joined along dim: equal lengths, or the ranks' frames of `total`."""
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """The first axis dealt out in pieces of `send` rows to ranks 0, 1, ...; theirs to this one, joined in order."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks of something small (it is gathered first)."""
+
+    def halo(self, x: Tensor, reach: int, total: int) -> Tensor:
+        """x (B,T,...), this rank's frames a to b of `total`, widened to frames max(a-reach,0) to min(b+reach,total)."""
+
+    def prefix(self, c: Tensor, h: Tensor, reverse: bool = False) -> Tensor:
+        """The state that reaches this rank through the ones before it, each mapping S to C_p S + H_p, from zero.
+
+        c (X,K,K), h (X,K,E) to (X,K,E); reverse: through the ranks after it, the last one first.
+        """
 
 
 class Codec(Protocol):

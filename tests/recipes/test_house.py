@@ -1,6 +1,7 @@
 """The plan of the house: who may import whom, where heavy packages may be named, how long files and functions are."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "vgr").rglob("*.py"))
 BASE = {"types", "seeding"}
 COMMANDS = {"command", "train", "sample", "bench", "prepare", "export"}
-LIBRARY = {"geometry", "nn", "models", "diffusion", "distillation", "metrics", "data"}
+LIBRARY = {"geometry", "nn", "models", "diffusion", "distillation", "parallel", "metrics", "data"}
 MAY_IMPORT = {
     "types": set(),
     "seeding": set(),
@@ -18,17 +19,19 @@ MAY_IMPORT = {
     "models": BASE | {"geometry", "nn"},
     "diffusion": BASE,
     "distillation": BASE | {"diffusion"},
+    "parallel": {"types"},
     "metrics": BASE | {"geometry"},
     "data": BASE | {"geometry", "metrics"},
     "training": BASE | LIBRARY,
     "report": BASE | LIBRARY,
 }
-# Third-party packages that only some rooms may name at all.
+# Packages that only some rooms may name at all.
 ONLY_IN = {
     "pytorch_lightning": {"training", "data/modules", *COMMANDS},
     "hydra": COMMANDS,
     "wandb": {"training/tracking"},
     "vizdoom": {"data/doom"},
+    "torch.distributed": {"parallel", "training", "metrics"},
 }
 
 
@@ -42,7 +45,8 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" if node.module == "vgr" else node.module for alias in node.names}
+            whole = node.module in ("vgr", "torch")
+            found |= {f"{node.module}.{alias.name}" if whole else node.module for alias in node.names}
     return found
 
 
@@ -55,8 +59,11 @@ def test_imports_follow_the_arrows(path):
         if parts[0] == "vgr" and len(parts) > 1 and allowed is not None:
             assert parts[1] == room or parts[1] in allowed, f"{room} must not import {name}"
         where = str(path.relative_to(ROOT / "vgr").with_suffix(""))
-        if parts[0] in ONLY_IN:
-            assert room in ONLY_IN[parts[0]] or where in ONLY_IN[parts[0]], f"{where} must not import {parts[0]}"
+        for package, places in ONLY_IN.items():
+            if f"{name}.".startswith(f"{package}."):
+                assert room in places or where in places, f"{where} must not import {package}"
+        if room == "parallel":
+            assert parts[0] in {"vgr", "torch", *sys.stdlib_module_names}, f"parallel must not import {name}"
 
 
 def test_models_do_not_import_each_other():

@@ -54,6 +54,20 @@ def test_camera_text_and_time_reach_the_output():
         assert (other - base).abs().max() > 1e-3
 
 
+def test_rays_stay_fp32_under_autocast():
+    """A metre far from the origin must survive: bf16 poses would move it by centimetres."""
+    model = _model()
+    x, t, cond = _inputs()
+    expected = model(x, t, cond)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(x, t, cond)[0]
+        camera, _ = model._cameras(cond, 3, 4)
+    assert camera.matrix.dtype == camera.inverse.dtype == torch.float32
+    assert torch.equal(camera.matrix, model._cameras(cond, 3, 4)[0].matrix)
+    assert actual.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), 0) > 0.999
+
+
 def test_samples_of_a_batch_do_not_mix():
     model = _model()
     x, t, cond = _inputs()

@@ -22,7 +22,7 @@ from vgr.nn.embed import sinusoid
 from vgr.nn.ffn import ConvFeedForward
 from vgr.nn.norm import RMSNorm, modulated_norm
 from vgr.nn.rope import axis_pairs, rope_table
-from vgr.types import Conditioning
+from vgr.types import Conditioning, Shard
 
 # Of attention, and the feed-forward's last frame before its temporal mixing.
 BlockMemory = tuple[Memory, Tensor]
@@ -50,17 +50,18 @@ class Block(nn.Module):
         text: Tensor,
         text_mask: Tensor,
         chunks: Chunks,
+        shard: Shard | None,
         memory: BlockMemory | None,
     ) -> tuple[Tensor, BlockMemory]:
         past, before = (None, None) if memory is None else memory
         m = (modulation + self.scale_shift_table).unsqueeze(3)  # (B,T,6,1,D)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = m.unbind(2)
-        mixed, past = self.attn(modulated_norm(x, shift_a, scale_a), table, camera, chunks, past)
+        mixed, past = self.attn(modulated_norm(x, shift_a, scale_a), table, camera, chunks, past, shard)
         x = torch.addcmul(x, gate_a, mixed.float())
         if pluecker is not None:
             x = x + self.plucker_proj(pluecker)
         x = x + self.cross_attn(x, text, text_mask)
-        mixed, before = self.mlp(modulated_norm(x, shift_f, scale_f), *grid, chunks.sizes, before)
+        mixed, before = self.mlp(modulated_norm(x, shift_f, scale_f), *grid, chunks.sizes, before, shard)
         return torch.addcmul(x, gate_f, mixed.float()), (past, before)
 
 
@@ -192,14 +193,16 @@ class WorldModel(nn.Module):
         state: WorldModelState | None = None,
         *,
         commit: bool = False,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, WorldModelState | None]:
         """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1].
 
         With a state the frames follow those committed; commit=True adds this call's chunks to what is returned.
-        Without one x holds the video from its first frame on, in the chunks of cond.layout.
+        Without one x holds the video from its first frame on, in the chunks of cond.layout. With a shard x, t and
+        cond hold this rank's frames of it, `shard.frames(total)`, and so does the velocity (spec 5.4).
         """
         height, width = x.shape[3:]
-        chunks = self._check(x, t, cond, state, commit)
+        chunks = self._check(x, t, cond, state, commit, shard)
         tokens = self.x_embedder(x.permute(0, 2, 3, 4, 1).flatten(2, 3).float()).float()
         # fp32 times may stand an ulp below an integer multiple of 1/1000; the slack keeps 29 from becoming 28.
         time = torch.floor(1000.0 * t.double() + 1e-4).float() if self.truncate_times else 1000.0 * t.float()
@@ -209,7 +212,7 @@ class WorldModel(nn.Module):
         text, text_mask = self._text(cond, height * width)
         table = rope_table(cond.layout.position, height, width, self.head_dim)
         camera, pluecker = self._cameras(cond, height, width)
-        args = (modulation, (height, width), table, camera, pluecker, text, text_mask, chunks)
+        args = (modulation, (height, width), table, camera, pluecker, text, text_mask, chunks, shard)
         memories = []
         for i, block in enumerate(self.blocks):
             past = None if state is None else state.blocks[i]
@@ -226,9 +229,15 @@ class WorldModel(nn.Module):
         return out.unflatten(2, (height, width)).permute(0, 4, 1, 2, 3), state
 
     def _check(
-        self, x: Tensor, t: Tensor, cond: Conditioning, state: WorldModelState | None, commit: bool
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        state: WorldModelState | None,
+        commit: bool,
+        shard: Shard | None,
     ) -> Chunks:
-        """The call's chunks on the host (the one synchronisation of a call). Raises ValueError."""
+        """The whole call's chunks on the host (the one synchronisation of a call). Raises ValueError."""
         if x.shape[1] != self.in_channels or t.shape != (x.shape[0], x.shape[2]):
             raise ValueError(
                 f"the world model takes x (B,{self.in_channels},T,H,W) and t (B,T), "
@@ -239,9 +248,15 @@ class WorldModel(nn.Module):
                 f"cameras must hold {x.shape[2]} latent frames of {self.raw_frames} raw frames, "
                 f"got {tuple(cond.cameras.raw_c2w.shape[1:3])}"
             )
-        layout = cond.layout
-        position, chunk, role = torch.stack([layout.position, layout.chunk, layout.role]).tolist()
-        if any(role) or position != list(range(position[0], position[0] + x.shape[2])):
+        layout = torch.stack([cond.layout.position, cond.layout.chunk, cond.layout.role])
+        if layout.shape[1] != x.shape[2]:
+            raise ValueError(f"cond.layout must hold the {x.shape[2]} latent frames of x, got {layout.shape[1]}")
+        if shard is not None:
+            if state is not None or commit:
+                raise ValueError("a call split over ranks neither reads nor commits a state: give shard or state")
+            layout = self._whole_layout(layout, shard)
+        position, chunk, role = layout.tolist()
+        if any(role) or position != list(range(position[0], position[0] + layout.shape[1])):
             raise ValueError("the world model takes successive target frames; it has no packed form with context")
         index = sorted(set(chunk))
         chunks = Chunks(tuple(index), tuple(chunk.count(i) for i in index))
@@ -257,6 +272,18 @@ class WorldModel(nn.Module):
         if len(index) > 1 and not commit:
             raise ValueError(f"a call with a state holds one whole chunk unless it commits, got chunks {index}")
         return chunks
+
+    @staticmethod
+    def _whole_layout(layout: Tensor, shard: Shard) -> Tensor:
+        """Position, chunk and role (3,T) of all ranks' frames; every rank refuses what one of them holds wrongly."""
+        held = shard.all_gather(torch.tensor(layout.shape[1:], device=layout.device)).tolist()
+        spans = [shard.frames(sum(held), r) for r in range(shard.size)]
+        if 0 in held or held != [b - a for a, b in spans]:
+            raise ValueError(
+                f"the ranks hold {held} latent frames; of {sum(held)} they must hold {spans}, at least one each: "
+                f"slice x, t and cond by shard.frames(total)"
+            )
+        return shard.all_gather(layout, 1, sum(held))
 
     def _text(self, cond: Conditioning, cells: int) -> tuple[Tensor, Tensor]:
         """Normalised text (B,S*J,D) and who may read it: each frame reads its own shot's prompt."""
@@ -276,8 +303,9 @@ class WorldModel(nn.Module):
         main = axis_pairs(self.head_dim)
         keep = axis_pairs(self.head_dim // 2)
         table = rope_table(cond.layout.position, height, width, self.head_dim, keep=tuple(map(min, keep, main)))
-        matrix, inverse = ray_transforms(cameras.c2w.float(), cameras.intrinsics.float(), height, width)
-        rays = pluecker_tokens(cameras.raw_c2w.float(), cameras.raw_intrinsics.float(), height, width)
+        with torch.autocast(cameras.c2w.device.type, enabled=False):
+            matrix, inverse = ray_transforms(cameras.c2w.float(), cameras.intrinsics.float(), height, width)
+            rays = pluecker_tokens(cameras.raw_c2w.float(), cameras.raw_intrinsics.float(), height, width)
         return CameraFrames(matrix, inverse, table), self.plucker_embedder(rays)
 
     def save_pretrained(self, folder: str | Path) -> None:

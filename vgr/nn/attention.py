@@ -3,6 +3,7 @@
 Tokens are (B,T,S,D), frame-major and row-major inside a frame. All kinds share one output gate and projection,
 applied after the camera branch has been added (spec 3.6). A call holds one chunk of frames or several; what stood
 before it is read from a memory, so that a clip in one call and the same clip chunk by chunk give equal outputs.
+With a shard tokens are this rank's frames, the chunks are the whole call's, and there is no memory (spec 5.4).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from vgr.nn.camera import limit_rms, transform_groups
 from vgr.nn.gated_delta import frame_states, frame_summaries
 from vgr.nn.norm import RMSNorm
 from vgr.nn.rope import rotate
-from vgr.nn.temporal import symmetric_filter
+from vgr.nn.temporal import part, symmetric_filter
+from vgr.types import Shard
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Chunks:
 
     index: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    def frames(self, a: int, b: int) -> Chunks:
+        """What the call's frames a (included) to b (excluded) have of them."""
+        kept = (i for i, end, n in zip(self.index, accumulate(self.sizes), self.sizes) if end > a and end - n < b)
+        return Chunks(tuple(kept), tuple(part(self.sizes, a, b)))
 
 
 @dataclass(frozen=True)
@@ -146,14 +153,20 @@ class DualAttention(nn.Module):
                 nn.init.ones_(taps[..., -1])
 
     def forward(
-        self, x: Tensor, table: Tensor, camera: CameraFrames | None, chunks: Chunks, memory: Memory | None = None
+        self,
+        x: Tensor,
+        table: Tensor,
+        camera: CameraFrames | None,
+        chunks: Chunks,
+        memory: Memory | None = None,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, Memory]:
         """x (B,T,S,D), rotary table (T,S,K/2) to (B,T,S,D), and the memory that the next call continues from."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         cam = None if camera is None else self.qkv_cam(x).chunk(3, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             branch = self._softmax if self.kind == "softmax" else self._states
-            main, extra, memory = branch(x.float(), (q, k, v), cam, table, camera, chunks, memory)
+            main, extra, memory = branch(x.float(), (q, k, v), cam, table, camera, chunks, memory, shard)
         if extra is not None:
             main = main + self.out_proj_cam(extra)
         gate = F.silu(self.output_gate(x).float())
@@ -177,7 +190,14 @@ class DualAttention(nn.Module):
         return moved[0], moved[1], moved[2]
 
     def _keys(
-        self, k: Tensor, norm: RMSNorm, taps: str, chunks: Chunks, tail: Tensor | None, isolated: bool = False
+        self,
+        k: Tensor,
+        norm: RMSNorm,
+        taps: str,
+        chunks: Chunks,
+        tail: Tensor | None,
+        shard: Shard | None,
+        isolated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled key features (B,T,S,N,K), and the frames (B,R,S,D) that the filter wants before the next call."""
         last = None
@@ -187,7 +207,7 @@ class DualAttention(nn.Module):
             if not isolated:
                 past = F.pad(k, (0, 0, 0, 0, reach, 0)) if tail is None else torch.cat([tail.to(k.dtype), k], dim=1)
                 last = past[:, -reach:]
-            k = symmetric_filter(k, taps, chunks.sizes, tail, isolated)
+            k = symmetric_filter(k, taps, chunks.sizes, tail, isolated, shard)
         key_scale = (self.head_dim * k.shape[2]) ** -0.5
         return self._heads(F.relu(norm(k) * key_scale)), last
 
@@ -207,27 +227,28 @@ class DualAttention(nn.Module):
         camera: CameraFrames | None,
         chunks: Chunks,
         memory: DeltaMemory | None,
+        shard: Shard | None,
     ) -> tuple[Tensor, Tensor | None, DeltaMemory]:
         """The gated delta rule or linear attention: every frame reads a state (spec 3.3, 3.4, 4.2)."""
         beta, decay = self._gates(x) if self.kind == "gdn" else (None, None)
         old = memory or DeltaMemory(*[None] * 5)
         q, k, v = qkv
         q = self._heads(F.relu(self.q_norm(q)))
-        k, tail = self._keys(k, self.k_norm, "conv_k", chunks, old.tail)
+        k, tail = self._keys(k, self.k_norm, "conv_k", chunks, old.tail, shard)
         q_rot, k_rot, v = _per_frame(rotate(q, table)), _per_frame(rotate(k, table)), _per_frame(self._heads(v))
         q, k = _per_frame(q), _per_frame(k)
         beta_main = None if beta is None else _per_frame(beta).squeeze(-1)
         maps = frame_summaries(k, None, beta_main, decay)
-        norm_read, norm = frame_states(*maps, chunks.sizes, old.norm)
+        norm_read, norm = frame_states(*maps, chunks.sizes, old.norm, shard)
         weight = (q @ norm_read + 1e-8).reciprocal()
         g, a = frame_summaries(k_rot, v, beta_main, decay)
         if cam is None or camera is None:
-            read, state = frame_states(g, a, chunks.sizes, old.state)
+            read, state = frame_states(g, a, chunks.sizes, old.state, shard)
             return _per_token(q_rot @ read * weight, self.heads), None, DeltaMemory(state, norm, None, tail, None)
         q_cam, k_cam, v_cam = cam
         q_cam = self._heads(F.relu(self.q_norm_cam(q_cam)))
         isolated = self.cam_filter_isolated
-        k_cam, tail_cam = self._keys(k_cam, self.k_norm_cam, "conv_k_cam", chunks, old.tail_cam, isolated)
+        k_cam, tail_cam = self._keys(k_cam, self.k_norm_cam, "conv_k_cam", chunks, old.tail_cam, shard, isolated)
         q_ray, k_ray, v_ray = self._camera_qkv(q_cam, k_cam, self._heads(v_cam), camera)
         if beta is not None:
             # Translations may lengthen keys; beta is discounted so that the update stays a contraction.
@@ -237,7 +258,7 @@ class DualAttention(nn.Module):
         # Main and camera states have one shape, so one scan carries both.
         g = None if g is None else torch.cat([g, g_cam], dim=1)
         before = None if old.state is None else torch.cat([old.state, old.state_cam])
-        read, last = frame_states(g, torch.cat([a, a_cam], dim=1), chunks.sizes, before)
+        read, last = frame_states(g, torch.cat([a, a_cam], dim=1), chunks.sizes, before, shard)
         (read, read_cam), (state, state_cam) = read.chunk(2, dim=1), last.chunk(2)
         extra = _per_token(_per_frame(q_ray) @ read_cam, self.heads)
         extra = self._to_rays(self._heads(extra), camera.matrix, camera.table.conj()).flatten(3)
@@ -253,38 +274,41 @@ class DualAttention(nn.Module):
         camera: CameraFrames | None,
         chunks: Chunks,
         memory: SoftmaxMemory | None,
+        shard: Shard | None,
     ) -> tuple[Tensor, Tensor | None, SoftmaxMemory]:
         """Softmax attention over the own chunk and the past ones in reach (spec 3.7, 3.8, 6.3)."""
         old = memory or SoftmaxMemory((), ())
         q, k, v = qkv
         q = rotate(self._heads(self.q_norm(q)), table)
         k = rotate(self._heads(self.k_norm(k)), table)
-        k, v = self._stored(k), self._stored(self._heads(v))
-        main = self._attend(q, k, v, self.softmax_scale, chunks, old.index, [b[:2] for b in old.blocks])
+        cells, total = x.shape[2], sum(chunks.sizes)
+        k, v = self._stored(k, total, shard), self._stored(self._heads(v), total, shard)
+        main = self._attend(q, k, v, self.softmax_scale, chunks, old.index, [b[:2] for b in old.blocks], shard)
         if cam is None or camera is None:
-            return main, None, self._remember(old, chunks, (k, v), x.shape[1])
+            return main, None, self._remember(old, chunks, (k, v), cells)
         q_cam, k_cam, v_cam = cam
         q_cam, k_cam = self._heads(self.q_norm_cam(q_cam)), self._heads(self.k_norm_cam(k_cam))
         q_ray, k_ray, v_ray = self._camera_qkv(q_cam, k_cam, self._heads(v_cam), camera)
-        k_ray, v_ray = self._stored(k_ray), self._stored(v_ray)
+        k_ray, v_ray = self._stored(k_ray, total, shard), self._stored(v_ray, total, shard)
         past = [b[2:] for b in old.blocks]
-        extra = self._attend(q_ray, k_ray, v_ray, self.cam_softmax_scale, chunks, old.index, past)
+        extra = self._attend(q_ray, k_ray, v_ray, self.cam_softmax_scale, chunks, old.index, past, shard)
         extra = self._to_rays(self._heads(extra), camera.matrix, camera.table.conj()).flatten(3)
-        return main, extra, self._remember(old, chunks, (k, v, k_ray, v_ray), x.shape[1])
+        return main, extra, self._remember(old, chunks, (k, v, k_ray, v_ray), cells)
 
-    def _stored(self, x: Tensor) -> Tensor:
-        """(B,T,S,N,K) to (B,N,T*S,K) in the precision attention reads."""
-        return x.flatten(1, 2).transpose(1, 2).to(torch.bfloat16 if self.softmax_bf16 else x.dtype)
+    def _stored(self, x: Tensor, total: int = 0, shard: Shard | None = None) -> Tensor:
+        """(B,T,S,N,K) to (B,N,T*S,K) in the precision attention reads, of all `total` frames of the shard's ranks."""
+        x = x.to(torch.bfloat16 if self.softmax_bf16 else x.dtype)
+        x = x if shard is None else shard.all_gather(x, 1, total)
+        return x.flatten(1, 2).transpose(1, 2)
 
     def _reads(self, query: int, key: int) -> bool:
         """Whether a chunk reads another, by their indices in the video."""
         return key <= query and (key < self.sink or self.window is None or key >= query - self.window)
 
     def _remember(
-        self, old: SoftmaxMemory, chunks: Chunks, tensors: tuple[Tensor, ...], frames: int
+        self, old: SoftmaxMemory, chunks: Chunks, tensors: tuple[Tensor, ...], cells: int
     ) -> SoftmaxMemory:
         """Old and new blocks that the next chunk may read."""
-        cells = tensors[0].shape[2] // frames
         pieces = zip(*(x.split([n * cells for n in chunks.sizes], dim=2) for x in tensors))
         blocks = [*zip(old.index, old.blocks), *zip(chunks.index, pieces)]
         kept = [(i, b) for i, b in blocks if self._reads(chunks.index[-1] + 1, i)]
@@ -299,6 +323,7 @@ class DualAttention(nn.Module):
         chunks: Chunks,
         past_index: tuple[int, ...],
         past: Sequence[tuple[Tensor, ...]],
+        shard: Shard | None = None,
     ) -> Tensor:
         """q (B,T,S,N,K), k and v (B,N,L,K), past blocks of k, v: (B,T,S,D). One product a chunk, no mask is built."""
         cells = q.shape[2]
@@ -308,8 +333,9 @@ class DualAttention(nn.Module):
         index = past_index + chunks.index
         ends = list(accumulate([*(b[0].shape[2] for b in past), *(n * cells for n in chunks.sizes)]))
         starts = [0, *ends[:-1]]
+        asking = chunks if shard is None else chunks.frames(*shard.frames(sum(chunks.sizes)))
         parts = []
-        for query, own in zip(chunks.index, q.split([n * cells for n in chunks.sizes], dim=2)):
+        for query, own in zip(asking.index, q.split([n * cells for n in asking.sizes], dim=2)):
             read = [i for i, key in enumerate(index) if self._reads(query, key)]
             if read[-1] - read[0] + 1 == len(read):
                 keys, values = (x[:, :, starts[read[0]] : ends[read[-1]]] for x in (k, v))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgr.nn.temporal import mix_frames
+from vgr.types import Shard
 
 # Convolution kernels index with 32 bits; a minute of 720p has more elements than that.
 _MAX_ELEMENTS = 2**30
@@ -31,14 +32,20 @@ class ConvFeedForward(nn.Module):
         nn.init.zeros_(self.temporal.weight)
 
     def forward(
-        self, x: Tensor, height: int, width: int, chunks: Sequence[int], before: Tensor | None = None
+        self,
+        x: Tensor,
+        height: int,
+        width: int,
+        chunks: Sequence[int],
+        before: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x to the same shape, and what the next call needs as `before` (B,1,S,D): the last frame before mixing."""
         images = x.flatten(0, 1)
         limit = max(1, _MAX_ELEMENTS // (self.depthwise.in_channels * height * width))
         parts = [self._per_frame(part, height, width) for part in images.split(limit)]
         z = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
-        return z + mix_frames(z, self.temporal.weight, chunks, before), z[:, -1:]
+        return z + mix_frames(z, self.temporal.weight, chunks, before, shard), z[:, -1:]
 
     def _per_frame(self, x: Tensor, height: int, width: int) -> Tensor:
         """The feed-forward of single frames (F,S,D)."""

@@ -13,18 +13,26 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from vgr.nn.temporal import part
+from vgr.types import Shard
+
 
 class _FrameStates(torch.autograd.Function):
     """Forward-inclusive plus reverse-exclusive states of M -> G_t M + A_t; the backward is two scans as well."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, g: Tensor, a: Tensor, ends: frozenset[int], initial: Tensor | None
+        ctx: torch.autograd.function.FunctionCtx,
+        g: Tensor,
+        a: Tensor,
+        ends: frozenset[int],
+        initial: Tensor | None,
+        following: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ahead, behind = torch.empty_like(a), torch.empty_like(a)
         frames = a.shape[0]
         ahead[0] = a[0] if initial is None else torch.baddbmm(a[0], g[0], initial)
-        behind[-1] = 0.0
+        behind[-1] = 0.0 if following is None or len(a) - 1 in ends else following
         for t in range(1, frames):
             torch.baddbmm(a[t], g[t], ahead[t - 1], out=ahead[t])
             u = frames - t
@@ -33,13 +41,13 @@ class _FrameStates(torch.autograd.Function):
             else:
                 torch.baddbmm(a[u], g[u], behind[u], out=behind[u - 1])
         ctx.save_for_backward(g, ahead, behind, initial)
-        ctx.ends = ends
+        ctx.ends, ctx.followed = ends, following is not None
         return ahead + behind, ahead[-1].clone()
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, grad_last: Tensor
-    ) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None]:
         g, ahead, behind, initial = ctx.saved_tensors
         grad = grad.contiguous()
         to_ahead, to_behind = torch.empty_like(grad), torch.empty_like(grad)
@@ -63,11 +71,38 @@ class _FrameStates(torch.autograd.Function):
             torch.matmul(to_ahead[1:], ahead[:-1].mT, out=grad_g[1:])
             grad_g[1:] += to_behind[:-1] @ behind[1:].mT
             to_ahead[1:] += to_behind[:-1]
-        return grad_g, to_ahead, None, grad_initial
+        return grad_g, to_ahead, None, grad_initial, to_behind[-1] if ctx.followed else None
+
+
+def _composed(g: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
+    """All maps after one another as one: C = G_{T-1} ... G_0 (X,K,K) and H (X,K,E), neighbours joined pair by pair."""
+    if g is None:
+        return torch.eye(a.shape[2], dtype=a.dtype, device=a.device).expand(a.shape[1], -1, -1), a.sum(0)
+    while len(a) > 1:
+        even = len(a) // 2 * 2
+        later = g[1:even:2]
+        pairs = later @ g[:even:2], later @ a[:even:2] + a[1:even:2]
+        g, a = torch.cat([pairs[0], g[even:]]), torch.cat([pairs[1], a[even:]])
+    return g[0], a[0]
+
+
+def _from_other_ranks(g: Tensor | None, a: Tensor, first: int, passes: bool, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Forward state before this rank's frames, reverse state behind them, each (X,K,E) (spec 5.4).
+
+    first: frames of the first chunk here, all that the rank before may read; passes: whether that chunk fills this
+    rank and goes on, so that reverse states pass through.
+    """
+    head = None if g is None else g[:first].flip(0)
+    c, h = _composed(head, a[:first].flip(0))
+    return shard.prefix(*_composed(g, a)), shard.prefix(c if passes else torch.zeros_like(c), h, reverse=True)
 
 
 def frame_states(
-    g: Tensor | None, a: Tensor, chunks: Sequence[int] | None = None, initial: Tensor | None = None
+    g: Tensor | None,
+    a: Tensor,
+    chunks: Sequence[int] | None = None,
+    initial: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What every frame reads, F_t + R_t, and the state F_{T-1} that the frames after it start from (spec 3.4, 3.8).
 
@@ -75,14 +110,25 @@ def frame_states(
     F_{-1} = initial (X,K,E), zero when not given; reverse R_t = G_{t+1} R_{t+1} + A_{t+1}, zero at the last frame of
     every chunk. chunks: sizes that sum to T, None for one chunk. Both directions share gates and summaries.
     Without g (cumulative linear attention, G = 1) a frame reads the sum up to its chunk's end.
+    With a shard g and a are this rank's frames of the call that chunks describe, without initial, and so is the result.
     """
     sizes = [a.shape[0]] if chunks is None else list(chunks)
+    following, goes_on = None, False
+    if shard is not None:
+        start, end = shard.frames(sum(sizes))
+        goes_on = end not in accumulate(sizes)
+        sizes = part(sizes, start, end)
+        initial, following = _from_other_ranks(g, a, sizes[0], goes_on and len(sizes) == 1, shard)
     ends = [end - 1 for end in accumulate(sizes)]
     if g is not None:
-        return _FrameStates.apply(g, a, frozenset(ends), initial)
+        return _FrameStates.apply(g, a, frozenset(ends[:-1] if goes_on else ends), initial, following)
     ahead = a.cumsum(0) if initial is None else a.cumsum(0) + initial
     own_end = torch.tensor([end for end, n in zip(ends, sizes) for _ in range(n)], device=a.device)
-    return ahead[own_end], ahead[-1]
+    read = ahead[own_end]
+    if following is not None:
+        unfinished = torch.arange(len(a), device=a.device) >= len(a) - (sizes[-1] if goes_on else 0)
+        read = read + unfinished.view(-1, 1, 1, 1) * following
+    return read, ahead[-1]
 
 
 def frame_summaries(

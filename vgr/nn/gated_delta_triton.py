@@ -165,12 +165,14 @@ def _scan(
         tl.store(final + x * K * E + tile, state, inside)
 
 
-def _padded(width: int) -> int:
-    """The power of two that holds the keys and that tl.dot takes."""
-    return max(16, triton.next_power_of_2(width))
+def _padded(size: int) -> int:
+    """The power of two that holds `size` and that tl.dot takes."""
+    return max(16, triton.next_power_of_2(size))
 
 
 class _Summaries(torch.autograd.Function):
+    """One launch forward, one backward."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx, k: Tensor, v: Tensor | None, beta: Tensor, decay: Tensor, precision: str
@@ -209,6 +211,8 @@ class _Summaries(torch.autograd.Function):
 
 
 class _States(torch.autograd.Function):
+    """One launch of both directions forward, one backward; dG is two products, which follow torch's fp32 setting."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx, g: Tensor, a: Tensor, initial: Tensor | None, keep: Tensor | None, precision: str
@@ -231,7 +235,7 @@ class _States(torch.autograd.Function):
         )
         (ahead, behind), (before, after) = grads.flatten(1, 2), states.flatten(1, 2).mT
         to_g = torch.baddbmm(torch.bmm(ahead, before), behind, after).view_as(g)
-        return to_g, grads.sum(0), to_initial if ctx.has_initial else None, None, None
+        return to_g, grads[0] + grads[1], to_initial if ctx.has_initial else None, None, None
 
 
 def _run_scan(
@@ -240,10 +244,11 @@ def _run_scan(
     """States of both directions (2,T,X,K,E) and the last one of direction 0 (X,K,E)."""
     frames, heads, width, target = inputs.shape
     states, final = inputs.new_empty(2, *inputs.shape), inputs.new_empty(inputs.shape[1:])
-    _scan[heads, triton.cdiv(target, _SCAN["BN"]), 2](
+    launch = {**_SCAN, "BN": min(_SCAN["BN"], _padded(target))}
+    _scan[heads, triton.cdiv(target, launch["BN"]), 2](
         g, inputs, inputs if first is None else first, g if keep is None else keep, states, final, frames, heads,
         width, target, adjoint, keep is not None, first is not None,
-        BK=_padded(width), PRECISION=precision, **_SCAN,
+        BK=_padded(width), PRECISION=precision, **launch,
     )  # fmt: skip
     return states, final
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vgr.metrics import drift as drift_
 from vgr.metrics import features, fvd, image
@@ -157,7 +157,7 @@ def check_pose_estimator(truth: list[Measured]) -> dict[str, dict[str, Any]]:
     for metric in POSE_ERRORS:
         own, other = column(truth, metric), column(truth, f"other_{metric}")
         found = {"own_camera": own, "other_camera": other, "difference": other - own}
-        cells = {name: cell(mean_interval(x)) for name, x in found.items()}
+        cells = {name: mean_cell(x) for name, x in found.items()}
         checks[metric] = {"passed": (cells["difference"]["low"] or 0) > 0, **cells}
     return checks
 
@@ -188,7 +188,7 @@ def summarize(
     out: dict[str, dict[str, Any]] = {}
     for row, videos in rows.items():
         columns = {m: column(videos, m) for m in METRICS if m not in skip}
-        out[row] = {m: cell(mean_interval(x)) for m, x in columns.items() if np.isfinite(x).any()}
+        out[row] = {m: mean_cell(x) for m, x in columns.items() if np.isfinite(x).any()}
         if "truth" in rows and all(v.drift for v in videos + rows["truth"]):
             out[row].update(_drift_over_truth(videos, rows["truth"]))
         if reference:
@@ -218,7 +218,7 @@ def curves(rows: dict[str, list[Measured]]) -> dict[str, Any]:
         if all(v.drift for v in videos):
             out[row] = {"times_s": videos[0].drift.times_J.tolist()}
             for name in CURVES:
-                points = [cell(mean_interval(x, draws=999)) for x in zip(*(v.drift.curve[name] for v in videos))]
+                points = [mean_cell(x, draws=999) for x in zip(*(v.drift.curve[name] for v in videos))]
                 out[row][name] = {k: [p[k] for p in points] for k in ("value", "low", "high")}
     return out
 
@@ -232,13 +232,18 @@ def cell(interval: Interval) -> dict[str, Any]:
     return {k: number(x) for k, x in interval._asdict().items()} | {"count": interval.count}
 
 
+def mean_cell(values: ArrayLike, draws: int = 9999) -> dict[str, Any]:
+    """The cell of `mean_interval`."""
+    return cell(mean_interval(values, draws))
+
+
 def number(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
 def _drift_over_truth(videos: list[Measured], truth: list[Measured]) -> dict[str, Any]:
     ours, real = (np.array([list(v.drift.slope.values()) for v in row]) for row in (videos, truth))
-    out = {f"{name}_excess_per_s": cell(mean_interval(x)) for name, x in zip(drift_.UNITS, (ours - real).T)}
+    out = {f"{name}_excess_per_s": mean_cell(x) for name, x in zip(drift_.UNITS, (ours - real).T)}
     return out | {"drift": cell(drift_.composite(ours - real, real.std(0, ddof=1)))}
 
 

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from vgr.data.files import read_lines
 from vgr.report import media, page
 from vgr.report.curves import Line, chart, path_from_above, smooth
 
@@ -22,13 +23,13 @@ def run_folder(tmp_path):
 
 
 def test_history_survives_a_line_cut_by_a_kill(tmp_path):
-    history = page.read_history(run_folder(tmp_path))
+    history = read_lines(run_folder(tmp_path) / "metrics.jsonl")
     assert len(history) == 50 and history[-1]["samples_seen"] == 784
-    assert page.read_history(tmp_path) == []
+    assert read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_training_curves_come_from_the_history(tmp_path):
-    losses, gain = page.training(page.read_history(run_folder(tmp_path)))["charts"]
+    losses, gain = page.training(read_lines(run_folder(tmp_path) / "metrics.jsonl"))["charts"]
     assert losses.count("<polyline") == 4 and "Loss" in losses
     assert gain.count('class="band model"') == 1 and "Camera gain" in gain
     assert page.training([])["charts"] == ["", ""]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vgr.data.files import atomic, write_text
+from vgr.data.files import atomic, read_lines, write_text
 from vgr.report import media
 from vgr.report.curves import Line, chart, path_from_above, smooth
 from vgr.report.sets import VideoSet
@@ -25,7 +25,7 @@ def write(path: Path, run_dir: Path | None, results: dict[str, Any], sets: dict[
     """
     from jinja2 import Environment, FileSystemLoader
 
-    history = read_history(run_dir) if run_dir else []
+    history = read_lines(run_dir / "metrics.jsonl") if run_dir else []
     # Evenly over the clips sorted by the model's PSNR (or as they come), so that nobody picks the good ones.
     keys = sorted(results["clips"], key=lambda k: -results["psnr_by_clip"].get(k, 0.0))
     shown = [keys[i] for i in np.linspace(0, len(keys) - 1, min(6, len(keys))).round().astype(int)]
@@ -71,17 +71,6 @@ def interval(cell: dict[str, Any] | None) -> str:
     if not cell or cell.get("low") is None or cell["low"] == cell["high"]:
         return ""
     return f"{figure(cell, 'low')} … {figure(cell, 'high')}"
-
-
-def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    path, lines = run_dir / "metrics.jsonl", []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _title(run_dir: Path | None, results: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,16 +77,14 @@ def measure_set(
     keys: Sequence[str],
     frames: int,
     settings: dict[str, Any],
-    *,
-    truth: VideoSet | None = None,
-    cameras: Mapping[str, Path | None] = MappingProxyType({}),
-    other_cameras: Mapping[str, Path | None] = MappingProxyType({}),
-    done: Callable[[int], None] = lambda n: None,
+    truth: VideoSet | None,
+    paths: Mapping[str, Sequence[Path]],
+    done: Callable[[int], None],
 ) -> list[Measured]:
     """Measure every video of a set, in the order of keys; settings is the protocol.
 
-    truth None leaves PSNR and SSIM out. cameras gives a key's commanded (c2w, intrinsics), None leaves the pose
-    out; errors against other_cameras are called other_<metric>. The first frame, given to the model, counts for
+    truth None leaves PSNR and SSIM out. paths gives a key's commanded (c2w, intrinsics), nothing leaves the pose
+    out; errors against a second path are called other_<metric>. The first frame, given to the model, counts for
     the pose alone. Raises ValueError when sizes differ from the truth's.
     """
 
@@ -103,8 +100,7 @@ def measure_set(
                 )
             values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
             values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
-        paths = [p for p in (cameras.get(key), other_cameras.get(key)) if p is not None]
-        for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
+        for prefix, scores in zip(("", "other_"), pose_values(video, paths[key]) if paths[key] else ()):
             values.update({prefix + k: v for k, v in scores.items()})
         trend = None
         if (len(video) - 1) / fps >= 3 * settings["drift"]["window_s"]:

@@ -29,17 +29,17 @@ def measure(
     """
     truth = sets.get("truth")
     source = truth or sets["model"]
-    paths = {k: source.cameras(k, frames) for k in keys}
-    turned = keys[len(keys) // 2 :] + keys[: len(keys) // 2]  # as rows.make_rows turns them
-    other = {k: paths[o] for k, o in zip(keys, turned)}
+    paths = {k: [c for c in (source.cameras(k, frames),) if c] for k in keys}
     measured, checks = {}, {}
     if truth is not None:
-        measured["truth"] = m.measure_set(truth, keys, frames, protocol, cameras=paths, other_cameras=other, done=done)
+        turned = keys[len(keys) // 2 :] + keys[: len(keys) // 2]  # as rows.make_rows turns them
+        both = {k: paths[k] + paths[other] for k, other in zip(keys, turned)}
+        measured["truth"] = m.measure_set(truth, keys, frames, protocol, None, both, done)
         checks["pose"] = m.check_pose_estimator(measured["truth"])
     failed = {metric for metric, check in checks.get("pose", {}).items() if not check["passed"]}
     for row, videos in sets.items():
         if row != "truth":
-            measured[row] = m.measure_set(videos, keys, frames, protocol, truth=truth, cameras=paths, done=done)
+            measured[row] = m.measure_set(videos, keys, frames, protocol, truth, paths, done)
     known = None
     if reference is not None and frames > protocol["frechet"]["window_frames"]:
         known = m.reference_features(reference, frames, protocol, done)

@@ -83,9 +83,6 @@ def cases(frames: int, args: argparse.Namespace) -> list[dict]:
     """Summaries, states and both at one length."""
     from vgr.nn import gated_delta, gated_delta_triton  # after the choice of the interpreter
 
-    def first(x: Tensor | tuple[Tensor, ...]) -> Tensor:
-        return x if isinstance(x, Tensor) else x[0]
-
     heads, tokens, width = TINY if args.tiny else REAL
     inputs = make_inputs(frames, heads, tokens, width, args.device)
     shape = {"frames": frames, "heads": heads, "tokens": tokens, "width": width}
@@ -93,7 +90,7 @@ def cases(frames: int, args: argparse.Namespace) -> list[dict]:
         maps = [x.requires_grad_() for x in gated_delta.frame_summaries(*inputs)]
 
     def torch_states(x: list[Tensor]) -> tuple[Tensor, ...]:
-        return (first(gated_delta.bidirectional_states(*x)),)
+        return (gated_delta.frame_states(*x)[0],)
 
     def triton_states(x: list[Tensor]) -> tuple[Tensor, ...]:
         return (gated_delta_triton.bidirectional_states(*x, precision=args.precision)[0],)

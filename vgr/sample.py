@@ -7,6 +7,7 @@ vgr-sample checkpoint=runs/world_model/tiny/seed1 cameras=colmap/sparse/0 scale=
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -114,10 +115,12 @@ class Generator:
         captions: tuple[tuple[str, ...], ...],
         seeds: list[int],
         progress: Callable[[int], None] | None = None,
+        watch: Callable[[np.ndarray], None] | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """First frames (B,H,W,3) uint8 (None: the model imagines them) to videos (B,F,H,W,3) uint8 and seconds spent.
 
-        cameras: F raw frames, F at most max_frames. seeds: one a video; its noise depends on nothing else.
+        cameras: F raw frames, F at most max_frames. seeds: one a video; its noise depends on nothing else. watch:
+        hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams.
         """
         import torch
 
@@ -130,7 +133,7 @@ class Generator:
         batch, frames = cameras.c2w.shape[:2]
         shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64, device=self.device)
         pieces: list[np.ndarray] = []
-        first_at, denoise = start, 0.0
+        first_at, denoise, told = start, 0.0, 0
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             cond = conditioning(self.text, captions, cameras.to(self.device), shot, self.stride, self.chunk)
             null = self.text(tuple(("",) * len(row) for row in captions))
@@ -145,7 +148,9 @@ class Generator:
                     latents, first_at = latents[:, :, 1:], self._clock()
                 if latents.shape[2]:
                     pieces.append(self._to_bytes(decode(latents)))
-                mark = self._clock()
+                for piece in pieces[told:] if watch is not None else ():
+                    watch(piece)
+                told, mark = len(pieces), self._clock()
         total = mark - start
         timings = {
             "first_frame_s": first_at - start, "total_s": total, "denoise_s": denoise, "decode_s": total - denoise,
@@ -216,8 +221,11 @@ def body(cfg: DictConfig) -> None:
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
-    with command.progress(generator.calls(cameras.c2w.shape[1]), "denoising") as done:
-        videos, timings = generator(first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1))
+    calls = generator.calls(cameras.c2w.shape[1])
+    with command.progress(calls, "denoising") as done, live_video(out / "live.mp4", generator) as add:
+        videos, timings = generator(
+            first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1), lambda video: add(video[0])
+        )
     settings = {
         "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": str(cfg.actions),
         "cameras": cfg.cameras, "scale": cfg.scale, "intrinsics": str(cfg.intrinsics), "prompt": cfg.prompt,
@@ -226,6 +234,18 @@ def body(cfg: DictConfig) -> None:
     }  # fmt: skip
     write_sample(out, videos[0, :shown], cameras.frames(0, shown), generator.fps, settings)
     print(out / "side_by_side.mp4")
+
+
+@contextlib.contextmanager
+def live_video(path: Path, generator: Generator) -> Iterator[Callable[[np.ndarray], None]]:
+    """Takes frames as they are made; the file can be played as it grows, and goes when the whole video is there."""
+    from vgr.data.video import video_stream
+
+    try:
+        with path.open("wb") as out, video_stream(out, generator.size_hw, generator.fps, live=True) as add:
+            yield add
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def read_first_frame(path: Path, size_hw: tuple[int, int]) -> np.ndarray:

@@ -95,3 +95,16 @@ def test_atomic_leaves_nothing_when_the_block_fails_and_keeps_the_old_file(tmp_p
         file.write(b"half")
         raise OSError(28, "No space left on device")
     assert (tmp_path / "a").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_live_video_can_be_read_while_it_is_written(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (24, 32, 48, 3), dtype=np.uint8)
+    path = tmp_path / "live.mp4"
+    with path.open("wb") as out, video.video_stream(out, (32, 48), 16.0, live=True) as add:
+        add(frames[:12])
+        so_far, _ = video.read_video(path)
+        add(frames[12:])
+    whole, times = video.read_video(path)
+    assert 10 <= len(so_far) <= 12 and len(whole) == 24
+    assert np.array_equal(whole[: len(so_far)], so_far)
+    np.testing.assert_allclose(np.diff(times), 1 / 16, atol=1e-6)

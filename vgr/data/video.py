@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -76,28 +77,46 @@ def read_video(video: str | Path | bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(frames), np.array(times)
 
 
-def encode_video(frames_FHWC: np.ndarray, fps: float | Fraction, crf: int = 14) -> bytes:
-    """(F,H,W,3) uint8 RGB as an h264 mp4 (yuv420p, BT.601 as labelled, equal bytes for equal frames)."""
+@contextlib.contextmanager
+def video_stream(
+    out: BinaryIO, size_hw: tuple[int, int], fps: float | Fraction, crf: int = 14, live: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Takes frames (F,H,W,3) uint8 RGB piece by piece and writes an h264 mp4 (yuv420p, BT.601 as labelled).
+
+    live: in fragments, so that what stands in the file can be played while more is written. Raises ValueError.
+    """
     import av
 
-    if frames_FHWC.dtype != np.uint8 or frames_FHWC.ndim != 4 or frames_FHWC.shape[-1] != 3:
-        raise ValueError(f"frames must be (F,H,W,3) uint8, got {frames_FHWC.shape} {frames_FHWC.dtype}")
-    height, width = frames_FHWC.shape[1:3]
+    height, width = size_hw
     if height % 2 or width % 2:
         raise ValueError(f"h264 in yuv420p needs even sizes, got {height}x{width}; crop or pad by one pixel")
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
+    fragments = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"} if live else {}
+    with av.open(out, "w", format="mp4", options=fragments) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # x264's macroblock tree reads beyond small frames: with it, equal frames gave unequal files.
         stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
+        stream.options |= {"tune": "zerolatency"} if live else {}
         stream.codec_context.thread_count = 1
         for tag in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, tag, 6)  # SMPTE 170M, what swscale does when nothing is said
-        for image in frames_FHWC:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation=_careful())))
+
+        def add(frames_FHWC: np.ndarray) -> None:
+            for image in frames_FHWC:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation=_careful())))
+
+        yield add
         container.mux(stream.encode())
+
+
+def encode_video(frames_FHWC: np.ndarray, fps: float | Fraction, crf: int = 14) -> bytes:
+    """(F,H,W,3) uint8 RGB as an mp4 of `video_stream`; equal bytes for equal frames."""
+    if frames_FHWC.dtype != np.uint8 or frames_FHWC.ndim != 4 or frames_FHWC.shape[-1] != 3:
+        raise ValueError(f"frames must be (F,H,W,3) uint8, got {frames_FHWC.shape} {frames_FHWC.dtype}")
+    out = io.BytesIO()
+    with video_stream(out, frames_FHWC.shape[1:3], fps, crf) as add:
+        add(frames_FHWC)
     return out.getvalue()
 
 

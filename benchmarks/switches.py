@@ -1,4 +1,4 @@
-"""What each doubtful point of the world model changes in a trained model: held-out velocity loss with the switch thrown.
+"""What each doubtful point of the world model changes in a trained model: the held-out loss with the switch thrown.
 
     python -m benchmarks.switches runs/world_model/tiny/seed1
 

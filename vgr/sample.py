@@ -53,7 +53,7 @@ class Generator:
         """
         import torch
 
-        from vgr.models.codec import WaveletCodec
+        from vgr.models.codec import CosineCodec
         from vgr.models.text import ByteTextEncoder
         from vgr.models.world_model import WorldModel
         from vgr.training import checkpoints
@@ -61,7 +61,7 @@ class Generator:
         folder = checkpoints.resolve(Path(checkpoint))
         tensors = checkpoints.read_weights(folder, "ema")
         record = checkpoints.read_generator(folder)
-        known = {c.__name__: c for c in (WorldModel, ByteTextEncoder, WaveletCodec)}
+        known = {c.__name__: c for c in (WorldModel, ByteTextEncoder, CosineCodec)}
         parts: dict[str, Any] = {}
         for part in ("model", "text", "codec"):
             if record[part]["class"] not in known:

@@ -128,6 +128,14 @@ class WorldModel(nn.Module):
                     nn.init.zeros_(module.bias)
         for linear in (self.t_embedder[0], self.t_embedder[2], self.t_block):
             nn.init.normal_(linear.weight, std=0.02)
+        with torch.no_grad():
+            # Channel 0 of attention inputs starts as "this frame is clean": only at t = 0 do all cosines agree.
+            for linear in (self.t_embedder[0], self.t_embedder[2]):
+                linear.weight[0] = 0.0
+            self.t_embedder[0].weight[0, :128] = 8.0 / 128
+            self.t_embedder[0].bias[0] = -4.8
+            self.t_embedder[2].weight[0, 0] = 1.0
+            self.t_block.weight[0, 0] = 3.0
         for block in self.blocks:
             block.attn.reset_special()
             nn.init.zeros_(block.cross_attn.proj.weight)

@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
 	$(BIN)/vgr-train experiments=world_model/tiny
 	$(BIN)/vgr-bench checkpoint=$(RUN) protocol=smoke
-	$(BIN)/vgr-sample checkpoint=$(RUN) path=orbit seconds=5 first_frame=$(FIRST) prompt="a grey yard" out=runs/demo/orbit
+	$(BIN)/vgr-sample checkpoint=$(RUN) path=orbit seconds=3 first_frame=$(FIRST) prompt="a grey yard" out=runs/demo/orbit
 	@echo "report: $(CURDIR)/$(RUN)/bench/smoke/report.html"
 
 # Base, chunk-causal, ODE, self-forcing at tiny size, each from the last one's file; run again it goes on.

@@ -51,7 +51,7 @@ def write_shards(folder, split, clips, fingerprint, poison=()):
     start = 0 if split == "train" else 10_000
     meta = {"shots": [{"start": 0, "end": FRAMES, "caption": "a room"}], "source": {}, "metric_scale": True}
     intrinsics = np.tile([0.5, 0.6, 0.5, 0.5], (FRAMES, 1))
-    with ShardWriter(folder / split, "WaveletCodec", fingerprint, (4, 8, 8), CHANNELS, (32, 32), 8.0, "CC0") as writer:
+    with ShardWriter(folder / split, "CosineCodec", fingerprint, (4, 8, 8), CHANNELS, (32, 32), 8.0, "CC0") as writer:
         for i in range(start, start + clips):
             latents, c2w = clip(i)
             if i in poison:
@@ -61,9 +61,9 @@ def write_shards(folder, split, clips, fingerprint, poison=()):
 
 def make_project(folder: Path, poison=()) -> Path:
     """A folder with shards and an own preset `mini`, from which `train` can be called."""
-    from vgr.models.codec import WaveletCodec
+    from vgr.models.codec import CosineCodec
 
-    fingerprint = WaveletCodec(**CODEC).fingerprint
+    fingerprint = CosineCodec(**CODEC).fingerprint
     write_shards(folder / "shards", "train", 40, fingerprint, poison)
     write_shards(folder / "shards", "val", 8, fingerprint)
     for name, text in (("experiments/mini.yaml", PRESET), ("data/small.yaml", DATA)):

@@ -14,7 +14,7 @@ import pytest
 from vgr import bench as bench_
 from vgr.data.video import encode_video, read_video
 from vgr.metrics.image import psnr
-from vgr.models.codec import WaveletCodec
+from vgr.models.codec import CosineCodec
 from vgr.report import measure, results
 from vgr.report.sets import open_set
 
@@ -76,7 +76,7 @@ class Turner:
 
     def __init__(self, weights_hash="aa", dies_at=None):
         self.weights_hash, self.dies_at, self.made = weights_hash, dies_at, []
-        self.codec = WaveletCodec(stride=(4, 4, 4), luma=(2, 1), chroma=(1,))
+        self.codec = CosineCodec(stride=(4, 4, 4), luma=(2, 1), chroma=(1,))
 
     def __call__(self, first_BHWC, cameras, captions, seeds, progress=None):
         if self.dies_at is not None and len(self.made) >= self.dies_at:

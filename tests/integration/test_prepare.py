@@ -9,7 +9,7 @@ from vgr.data.prepare import prepare_split
 from vgr.data.shards import Shards
 from vgr.data.video import read_video
 from vgr.data.worlds import WorldSource
-from vgr.models.codec import WaveletCodec
+from vgr.models.codec import CosineCodec
 
 
 def source():
@@ -17,7 +17,7 @@ def source():
 
 
 def prepare(folder, clips=5, split="train", **kwargs):
-    codec = WaveletCodec(stride=(4, 8, 8), luma=(2, 1), chroma=(1,))
+    codec = CosineCodec(stride=(4, 8, 8), luma=(2, 1), chroma=(1,))
     return prepare_split(source(), codec, folder, split, clips, 1, samples_per_shard=2, **kwargs)
 
 

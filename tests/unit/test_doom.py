@@ -135,6 +135,27 @@ def test_clips_have_the_stated_form(visits):
         assert clip.frames.std() > 8
 
 
+def test_pickups_of_the_file_are_those_the_engine_knows():
+    engine = doom.Engine("freedoom2/MAP07", SMALL)
+    engine.game.set_objects_info_enabled(True)
+    with engine:
+        objects = engine.restart(1).objects
+    kinds = ("Ammo", "Health", "Armor", "Weapon", "Powerup", "Key")
+    known = {(round(o.position_x), round(o.position_y)) for o in objects if o.category in kinds}
+    assert known == set(map(tuple, engine.places.tolist())) and len(known) > 50
+
+
+def test_pace_slows_the_path_and_not_the_clock():
+    def covered(pace):
+        clips = doom.DoomSource(17, SMALL, pace=pace, clips_per_visit=2).capture(5, "train", 0)
+        assert all(clip.fps == 17.5 for clip in clips)
+        return max(np.linalg.norm(np.diff(clip.c2w[:, :3, 3], axis=0), axis=1).max() for clip in clips)
+
+    assert 0 < covered(0.2) < 2 * 0.2 * 7.0 / doom.UNITS_PER_METRE * 1.1  # two tics at the fastest walk
+    with pytest.raises(ValueError, match="source.pace"):
+        doom.DoomSource(17, SMALL, pace=0)
+
+
 def test_maps_are_held_out_whole(source):
     assert not set(doom.TRAIN_MAPS) & set(doom.VAL_MAPS)
     assert len(doom.TRAIN_MAPS) == 54 and len(doom.VAL_MAPS) == 10

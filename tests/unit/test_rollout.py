@@ -14,7 +14,7 @@ from vgr.diffusion import flow, rollout, samplers, timesteps
 from vgr.diffusion.guidance import guided
 from vgr.geometry.cameras import group_by_latent
 from vgr.geometry.trajectories import from_actions
-from vgr.models.codec import WaveletCodec
+from vgr.models.codec import CosineCodec
 from vgr.types import Cameras, Conditioning, Layout, TextStates
 
 A = 0.8  # z_k = A z_(k-1) + sqrt(1 - A^2) e_k for every pixel: variance 1, covariance A^|i-j|
@@ -257,7 +257,7 @@ class Listener(World):
 def _session(world=None, text=None, **kwargs):
     settings = {"sigmas": timesteps.few_step_sigmas(4, 8.0), "chunk": 2, "fps": FPS, "size_hw": SIZE, **kwargs}
     world, text = world or Listener(), text or Text()
-    return rollout.Session(world, WaveletCodec((STRIDE, 8, 8), (2, 1, 1), (1, 1, 1)), text, **settings)
+    return rollout.Session(world, CosineCodec((STRIDE, 8, 8), (2, 1, 1), (1, 1, 1)), text, **settings)
 
 
 def _path(frames):

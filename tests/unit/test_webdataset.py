@@ -14,7 +14,7 @@ def test_webdataset_reads_our_shards(tmp_path):
     latents = np.random.default_rng(0).normal(size=(3, 4, 2, 3, 4)).astype(np.float16)
     c2w, intrinsics = np.tile(np.eye(4), (5, 1, 1)), np.tile([0.5, 0.6, 0.5, 0.5], (5, 1))
     meta = {"shots": [{"start": 0, "end": 5, "caption": "a room"}]}
-    with ShardWriter(tmp_path, "WaveletCodec", "0" * 16, (4, 8, 8), 4, (24, 32), 8.0, "CC0") as writer:
+    with ShardWriter(tmp_path, "CosineCodec", "0" * 16, (4, 8, 8), 4, (24, 32), 8.0, "CC0") as writer:
         for i in range(3):
             writer.add(f"clip.{i}".replace(".", "-"), latents[i], c2w, intrinsics, meta)
     tar = next(tmp_path.glob("*.tar"))

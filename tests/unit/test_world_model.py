@@ -4,11 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vgr.geometry.cameras import group_by_latent
 from vgr.geometry.trajectories import named_cameras
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
+from vgr.nn.attention import CameraFrames
+from vgr.nn.camera import ray_transforms
+from vgr.nn.embed import sinusoid
+from vgr.nn.rope import axis_pairs, rope_table
 from vgr.types import Cameras, Conditioning, Layout, TextStates
 
 CONFIG = {"in_channels": 4, "width": 32, "heads": 2, "layers": 2, "softmax_every": 2, "text_width": 16, "raw_frames": 4}
@@ -162,3 +167,32 @@ def test_text_encoder_pads_without_effect_and_knows_null():
     assert null.mask.sum() == 1 and not torch.allclose(null.states[0, 0, 0], short.states[0, 0, 0])
     ragged = text((("a", "b"), ("c",)))
     assert ragged.mask.any(-1).tolist() == [[True, True], [True, False]] and torch.isfinite(ragged.states).all()
+
+
+def test_a_new_softmax_block_looks_up_clean_frames_along_rays():
+    torch.manual_seed(0)
+    model = WorldModel(8, width=64, heads=2, layers=2, softmax_every=2, text_width=16, cam_renorm_softmax=False,
+                       camera_start="rays")
+    with torch.no_grad():
+        clean = model.t_block(F.silu(model.t_embedder(sinusoid(torch.tensor([0.0, 100, 500, 1000])))))[:, 0]
+        assert clean[0] > 8 and clean[1:].abs().max() < 0.5
+        # Frame 0 is clean; frame 1, noisy, has turned by 40 degrees and moved.
+        turn = torch.tensor(40.0).deg2rad()
+        c2w = torch.eye(4).repeat(1, 2, 1, 1)
+        c2w[0, 1, 0, [0, 2]] = torch.stack([turn.cos(), turn.sin()])
+        c2w[0, 1, 2, [0, 2]] = torch.stack([-turn.sin(), turn.cos()])
+        c2w[0, 1, :3, 3] = torch.tensor([0.3, 0.0, 1.0])
+        matrix, inverse = ray_transforms(c2w, torch.tensor([0.5, 0.8, 0.5, 0.5]).expand(1, 2, 4), 6, 8)
+        table = rope_table(torch.arange(2), 6, 8, 32, keep=tuple(map(min, axis_pairs(16), axis_pairs(32))))
+        x = F.layer_norm(torch.randn(1, 2, 48, 64), (64,))
+        x[..., 0] = clean[:2, None]
+        attention = model.blocks[1].attn
+        q, k, v = attention.qkv_cam(x).chunk(3, dim=-1)
+        parts = (attention._heads(y) for y in (attention.q_norm_cam(q), attention.k_norm_cam(k), v))
+        q, k, _ = attention._camera_qkv(*parts, CameraFrames(matrix, inverse, table))
+    q, k = (y[..., :16].flatten(1, 2)[0].transpose(0, 1) for y in (q, k))  # the geometric half, (N,T*S,16)
+    rays = inverse[0, ..., :3, 2].flatten(0, 1)
+    read = (q[:, 48:] @ k.mT).argmax(-1)
+    assert (read < 48).all()
+    agreement = rays[48:] @ rays[:48].T  # cosines; cells are 11 degrees wide, 0.02 of a cosine
+    assert (agreement.max(1).values - 0.06 < agreement.gather(1, read.T).T).all()

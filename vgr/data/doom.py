@@ -35,7 +35,10 @@ _LEFT_OUT = ("freedoom1/E3M1", "freedoom2/MAP16", "freedoom2/MAP24", "freedoom2/
 TRAIN_MAPS = tuple(m for m in _ALL_MAPS if m not in VAL_MAPS + _LEFT_OUT)
 # Every resolution of the engine that is 4:3, the smallest first.
 _WIDTHS = (160, 256, 320, 400, 512, 640, 800, 1024)
-_PICKUPS = ("Ammo", "Health", "Armor", "Weapon", "Powerup", "Key")
+# Numbers in a map of what can be picked up: keys, weapons, ammunition, health, armour, powers.
+_PICKUPS = (5, 6, 8, 13, 17, 38, 39, 40, 82, 83, *range(2001, 2009), *range(2010, 2016), 2018, 2019, *range(2022, 2027),
+            *range(2045, 2050))
+_MEDIUM, _MULTIPLAYER = 2, 16  # flags of a thing: there at the skill played, there only among players
 _NAMES = {"DoomImp": "imp", "ZombieMan": "zombie", "Zombieman": "zombie", "ShotgunGuy": "shotgun zombie",
           "ChaingunGuy": "chaingun zombie", "Demon": "demon", "Spectre": "spectre", "LostSoul": "lost soul",
           "Cacodemon": "cacodemon", "HellKnight": "hell knight", "BaronOfHell": "baron of hell",
@@ -71,6 +74,18 @@ def _engine_size(size_hw: tuple[int, int]) -> tuple[int, int]:
     )
 
 
+def pickup_places(wad: Path, level: str) -> np.ndarray:
+    """(N,2) map units of what can be picked up in a level, read from a WAD file's THINGS lump."""
+    data = wad.read_bytes()
+    count, start = np.frombuffer(data, "<i4", 2, offset=4)
+    lumps = np.frombuffer(data, np.dtype([("at", "<i4"), ("size", "<i4"), ("name", "S8")]), count, offset=start)
+    at, size, name = lumps[int(np.flatnonzero(lumps["name"] == level.encode())[0]) + 1]
+    if name != b"THINGS":
+        raise ValueError(f"{wad}: {level} is no map of the classic format")
+    x, y, _, kind, flags = np.frombuffer(data, "<i2", size // 2, offset=at).reshape(-1, 5).T
+    return np.stack([x, y], axis=1)[np.isin(kind, _PICKUPS) & (flags & _MEDIUM > 0) & (flags & _MULTIPLAYER == 0)]
+
+
 class Engine:
     """One VizDoom process in a working folder of its own. Use as a context manager."""
 
@@ -80,15 +95,17 @@ class Engine:
         height, width = _engine_size(size_hw)
         wad, level = map_name.split("/")
         self._folder = tempfile.TemporaryDirectory(prefix="vgr-doom-")
+        wad_file = Path(vzd.__file__).parent / f"{wad}.wad"
+        # Asking the engine for its objects costs a sixth of every tic.
+        self.places = pickup_places(wad_file, level)
         game = self.game = vzd.DoomGame()
-        game.set_doom_game_path(str(Path(vzd.__file__).parent / f"{wad}.wad"))
+        game.set_doom_game_path(str(wad_file))
         game.set_doom_config_path(str(Path(self._folder.name) / "vizdoom.ini"))
         game.set_doom_map(level)
         game.set_screen_resolution(getattr(vzd.ScreenResolution, f"RES_{width}X{height}"))
         game.set_screen_format(vzd.ScreenFormat.RGB24)
         game.set_depth_buffer_enabled(True)
         game.set_labels_buffer_enabled(True)
-        game.set_objects_info_enabled(True)
         for off in ("hud", "crosshair", "weapon", "screen_flashes", "messages",
                     "particles", "effects_sprites"):
             getattr(game, f"set_render_{off}")(False)
@@ -124,6 +141,11 @@ class Engine:
         self.game.send_game_command("god")
         return self.act(tics=12)
 
+    @property
+    def over(self) -> bool:
+        """True where the episode has ended or the walker is dead."""
+        return self.game.is_episode_finished() or self.game.is_player_dead()
+
     def act(self, forward: float = 0.0, right: float = 0.0, turn_deg: float = 0.0, tics: int = 1) -> Any:
         """Moves for some tics and returns the state after them, or None where the level ended.
 
@@ -147,19 +169,22 @@ def _inside(folder: str) -> Iterator[None]:
 class DoomSource:
     """Clips of VizDoom walks, whole maps held out for validation.
 
-    Args: frames, size_hw and skip (engine tics a frame, fps = 35 / skip) of a clip; depth keeps (F,H,W) planar
-    depth in metres; clips_per_visit clips in a row share a map.
+    Args: frames, size_hw and skip (engine tics a frame, fps = 35 / skip) of a clip; pace below 1 walks the same
+    kind of path in slow motion, so that less leaves the view within a clip; depth keeps (F,H,W) planar depth in
+    metres; clips_per_visit clips in a row share a map.
     """
 
     licence = "Freedoom maps and art: BSD-3-Clause, https://freedoom.github.io"
 
-    def __init__(self, frames: int, size_hw: tuple[int, int], skip: int = 2, depth: bool = False,
+    def __init__(self, frames: int, size_hw: tuple[int, int], skip: int = 2, pace: float = 1.0, depth: bool = False,
                  clips_per_visit: int = 8) -> None:
         _engine_size((int(size_hw[0]), int(size_hw[1])))
+        if not 0 < pace <= 1:
+            raise ValueError(f"source.pace={pace}: must lie above 0 and at most at 1")
         if skip < 1 or frames < 1:
             raise ValueError(f"source.skip={skip}, source.frames={frames}: both must be at least 1")
         self.frames, self.size_hw, self.skip = frames, (int(size_hw[0]), int(size_hw[1])), skip
-        self.depth, self.clips_per_visit = depth, clips_per_visit
+        self.pace, self.depth, self.clips_per_visit = pace, depth, clips_per_visit
         self.fps = TICS_PER_SECOND / skip
         self.splits = {"train": TRAIN_MAPS, "val": VAL_MAPS}
 
@@ -172,10 +197,12 @@ class DoomSource:
             turn, place = divmod(visit, len(maps))
             name = maps[numpy_generator(seed, f"doom-maps-{split}", turn, retry).permutation(len(maps))[place]]
             with Engine(name, self.size_hw) as engine:
-                good = attempt = 0
+                good, attempt, fresh = 0, 0, True
                 while attempt < 6 + 3 * good:
-                    clip = self._record(engine, name, numpy_generator(seed, f"doom-{split}", visit, retry, attempt))
-                    attempt += 1
+                    rng = numpy_generator(seed, f"doom-{split}", visit, retry, attempt)
+                    clip = self._record(engine, name, rng, fresh)
+                    # A new episode costs a tenth of a clip; a try that gave none leaves this one fit for another.
+                    attempt, fresh = attempt + 1, clip is not None or engine.over
                     if clip is not None:
                         good += 1
                         clips.append(clip)
@@ -183,13 +210,17 @@ class DoomSource:
                         return clips
         raise RuntimeError(f"no map of {split} gave {self.clips_per_visit} good clips")
 
-    def _record(self, engine: Engine, name: str, rng: np.random.Generator) -> Clip | None:
-        """One try at a clip; None where it would be dull or broken."""
+    def _record(self, engine: Engine, name: str, rng: np.random.Generator, fresh: bool) -> Clip | None:
+        """One try at a clip, in a fresh episode or in the present one; None where it would be dull or broken."""
         mood, side = draw_mood(rng)
+        if fresh:
+            engine.restart(int(rng.integers(1 << 31)))
+            if rng.random() < 0.6:
+                engine.game.send_game_command("notarget")
         state = _start(engine, mood, side, rng)
         if state is None:
             return None
-        walker = Walker(rng, mood, side, self.skip / TICS_PER_SECOND)
+        walker = Walker(rng, mood, side, self.pace * self.skip / TICS_PER_SECOND)
         lead = int(rng.integers(4, 9))  # frames to get going, before the first that is kept
         kept: list[np.ndarray] = []
         poses, depths, seen, dull_views = [], [], [], 0
@@ -200,7 +231,9 @@ class DoomSource:
             if state.game_variables[4] or moved > 24:  # dead, or teleported
                 return None
             before = now
-            forward, right, turn = walker.step(free_space(state.depth_buffer), moved)
+            # The walker lives in its own slower time: its clock, its speeds and what it hears of them are scaled.
+            step = walker.step(free_space(state.depth_buffer), moved / self.pace)
+            forward, right, turn = (self.pace * x for x in step)
             if frame >= lead:
                 # Every fourth view is judged, and a clip is given up as soon as too many are dull.
                 dull_views += (frame - lead) % 4 == 0 and dull(state)
@@ -228,15 +261,11 @@ class DoomSource:
 
 def _start(engine: Engine, mood: str, side: int, rng: np.random.Generator) -> Any:
     """Walks a while from some place of the map to a view that suits the mood; None where all is walls."""
-    state = engine.restart(int(rng.integers(1 << 31)))
-    if rng.random() < 0.6:
-        engine.game.send_game_command("notarget")
     # Things to pick up lie where one can stand, all over the map, but often in corners: hence the walk.
-    places = [(o.position_x, o.position_y) for o in state.objects if o.category in _PICKUPS]
     for _ in range(6):
-        if places:
-            x, y = places[int(rng.integers(len(places)))]
-            engine.game.send_game_command(f"warp {x:.0f} {y:.0f}")
+        if len(engine.places):
+            x, y = engine.places[int(rng.integers(len(engine.places)))]
+            engine.game.send_game_command(f"warp {x} {y}")
         state = engine.act(turn_deg=float(rng.uniform(0, 360)))
         ahead_K = _look_round(engine, state, 4)
         if ahead_K is None or ahead_K.max() < 150:

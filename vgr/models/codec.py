@@ -1,9 +1,10 @@
-"""A codec without weights: an orthonormal space-time Haar wavelet on blocks, of which the lowest bands are kept.
+"""A codec without weights: an orthonormal cosine transform of space-time blocks, of which the lowest bands are kept.
 
 The first frame stands alone (its block is the frame repeated, so its temporal bands are zero), then every
 `stride[0]` frames make one latent frame, as in causal video VAEs. Kept bands become channels. With all bands
 the round trip is exact; with fewer, decoding is the orthogonal projection onto them, and nothing that models
-these latents can do better than that PSNR.
+these latents can do better than that PSNR. Cosines, not steps: a picture of flat squares stands still to optical
+flow, and to the eye, whatever moves behind it.
 """
 
 from __future__ import annotations
@@ -20,30 +21,20 @@ from torch import Tensor, nn
 _COLOUR = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-0.5, 1.0, -0.5))
 
 
-def haar_matrix(size: int) -> Tensor:
-    """The orthonormal Haar analysis matrix (size, size), rows from coarse to fine; size a power of two."""
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"a wavelet stride must be a power of two, got {size}; use 1, 2, 4, 8, ...")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < size:
-        n = matrix.shape[0]
-        low = torch.kron(matrix, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
-        high = torch.kron(torch.eye(n, dtype=torch.float64), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
-        matrix = torch.cat([low, high]) / 2**0.5
+def cosine_matrix(size: int) -> Tensor:
+    """The orthonormal cosine analysis matrix (size, size), rows from low to high frequency (DCT-II), float64."""
+    row, place = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64) + 0.5
+    matrix = torch.cos(torch.pi / size * row * place) * (2 / size) ** 0.5
+    matrix[0] = size**-0.5
     return matrix
 
 
-def _row_level(row: int) -> int:
-    """The scale of a Haar row: 0 for the mean, 1 for the coarsest difference, one more for each halving."""
-    return row.bit_length()
-
-
-class WaveletCodec(nn.Module):
+class CosineCodec(nn.Module):
     """Video (B,3,F,H,W) in [-1, 1] to normalised latents (B,C,T,H/s,W/s) with T = 1 + (F-1)/stride[0].
 
-    stride: (t, h, w), powers of two, h = w.
-    luma, chroma: for every temporal scale (mean, coarsest difference, ...) the side of the square of lowest
-        spatial bands that is kept; scales beyond the tuple are dropped. None keeps every band.
+    stride: (t, h, w), h = w.
+    luma, chroma: for every temporal frequency, from the mean up, the side of the square of lowest spatial
+        frequencies that is kept; those beyond the tuple are dropped. None keeps every band.
     latents_mean, latents_std: per-channel normalisation (C,), zero and one when not given. `fit` makes them.
     """
 
@@ -57,19 +48,18 @@ class WaveletCodec(nn.Module):
     ) -> None:
         super().__init__()
         t, h, w = (int(s) for s in stride)
-        if h != w:
-            raise ValueError(f"codec.stride must have equal height and width strides, got {tuple(stride)}")
+        if h != w or min(t, h) < 1:
+            raise ValueError(f"codec.stride must be positive with equal height and width strides, got {tuple(stride)}")
         self.stride = (t, h, w)
-        scales = _row_level(t - 1) + 1
-        luma = tuple(luma) if luma is not None else (h,) * scales
-        chroma = tuple(chroma) if chroma is not None else (h,) * scales
+        luma = tuple(luma) if luma is not None else (h,) * t
+        chroma = tuple(chroma) if chroma is not None else (h,) * t
         keep = [
             ((colour * t + i) * h + y) * w + x
             for colour in range(3)
             for i in range(t)
             for y in range(h)
             for x in range(w)
-            if _row_level(i) < len(sides := luma if colour == 0 else chroma) and max(y, x) < sides[_row_level(i)]
+            if i < len(sides := luma if colour == 0 else chroma) and max(y, x) < sides[i]
         ]
         self.channels = len(keep)
         mean = [0.0] * self.channels if latents_mean is None else [float(m) for m in latents_mean]
@@ -87,7 +77,7 @@ class WaveletCodec(nn.Module):
             "latents_std": std,
         }
         colour = torch.nn.functional.normalize(torch.tensor(_COLOUR, dtype=torch.float64), dim=1)
-        spatial, temporal = haar_matrix(h), haar_matrix(t)
+        spatial, temporal = cosine_matrix(h), cosine_matrix(t)
         # One orthonormal matrix from a block's 3*t*h*w values (colour, t, y, x) to its kept bands.
         basis = torch.kron(torch.kron(colour, temporal), torch.kron(spatial, spatial))[keep]
         self.register_buffer("basis", basis.float(), persistent=False)
@@ -120,18 +110,22 @@ class WaveletCodec(nn.Module):
         stream = self.stream()
         return stream(latents)
 
-    def stream(self) -> WaveletDecodeStream:
+    def stream(self) -> CosineDecodeStream:
         """A decoder that takes a clip's latent frames piece by piece; the concatenation equals `decode`."""
-        return WaveletDecodeStream(self)
+        return CosineDecodeStream(self)
 
     @torch.no_grad()
-    def fit(self, videos: Sequence[Tensor]) -> WaveletCodec:
-        """The same bands with mean and std measured on videos (B,3,F,H,W): what training data wants."""
+    def fit(self, videos: Sequence[Tensor]) -> CosineCodec:
+        """The same bands normalised as measured on videos (B,3,F,H,W): what training data wants.
+
+        Means become zero; a channel is divided by the square root of its deviation. With unit deviations the many
+        high bands, which hold little of the picture and are hard to foresee, would make up nearly all of the loss.
+        """
         bands = torch.cat([self._analyse(v).transpose(0, 1).flatten(1) for v in videos], dim=1).double()
         config = dict(self.config)
         config["latents_mean"] = [round(x, 4) for x in bands.mean(1).tolist()]
-        config["latents_std"] = [round(max(x, 1e-3), 4) for x in bands.std(1).tolist()]
-        return WaveletCodec(**config)
+        config["latents_std"] = [round(max(x, 1e-6) ** 0.5, 4) for x in bands.std(1).tolist()]
+        return CosineCodec(**config)
 
     def _analyse(self, video: Tensor) -> Tensor:
         t, h, w = self.stride
@@ -155,10 +149,10 @@ class WaveletCodec(nn.Module):
         return blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, 3, count * t, rows * h, columns * w)
 
 
-class WaveletDecodeStream:
+class CosineDecodeStream:
     """Streaming decode: call with successive latent frames (B,C,T,H,W), get their raw frames (B,3,F,H,W)."""
 
-    def __init__(self, codec: WaveletCodec) -> None:
+    def __init__(self, codec: CosineCodec) -> None:
         self.codec = codec
         self.started = False
 

@@ -24,7 +24,7 @@ from vgr.nn.norm import RMSNorm, modulated_norm
 from vgr.nn.rope import axis_pairs, rope_table
 from vgr.types import Conditioning, Shard
 
-BACKENDS = ("torch", "triton")
+_CHOICES = {"mixer": ("gdn", "linear"), "scan_backend": ("torch", "triton"), "camera_start": ("copy", "rays")}
 # Of attention, and the feed-forward's last frame before its temporal mixing.
 BlockMemory = tuple[Memory, Tensor]
 
@@ -102,6 +102,7 @@ class WorldModel(nn.Module):
     sink, window: chunks softmax blocks read beside their own, the first `sink` and the last `window` (None: all);
     cam_filter_isolated: camera keys are filtered inside their chunk only (spec 12.9);
     scan_backend: "torch", or "triton" on a GPU;
+    camera_start: "copy" of the main branch (spec 4.2), or "rays": softmax blocks look clean frames up along rays;
     text_width: width of the text encoder's states; raw_frames: raw frames of a latent frame (codec stride);
     cam_renorm_softmax, cam_renorm_gdn, softmax_bf16, *_scale: the released model's doubtful points, see
     `vgr.nn.attention.DualAttention`; truncate_times: the model sees floor(1000 t), as its weights were trained;
@@ -129,6 +130,7 @@ class WorldModel(nn.Module):
         window: int | None = None,
         cam_filter_isolated: bool = False,
         scan_backend: str = "torch",
+        camera_start: str = "copy",
         truncate_times: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -141,9 +143,9 @@ class WorldModel(nn.Module):
                 f"model.width / model.heads must be a multiple of 8 (4x4 camera groups fill half a head), "
                 f"got {width} / {heads}"
             )
-        for key, value, known in (("mixer", mixer, ("gdn", "linear")), ("scan_backend", scan_backend, BACKENDS)):
-            if value not in known:
-                raise ValueError(f"model.{key}={value}: choose {' or '.join(known)}")
+        for key, known in _CHOICES.items():
+            if self.config[key] not in known:
+                raise ValueError(f"model.{key}={self.config[key]}: choose {' or '.join(known)}")
         self.heads, self.head_dim, self.truncate_times = heads, width // heads, truncate_times
         self.raw_frames, self.in_channels = raw_frames, in_channels
         self.activation_checkpointing = activation_checkpointing
@@ -184,6 +186,22 @@ class WorldModel(nn.Module):
         # With both Pluecker layers at zero the branch would have no gradient: zero embedder, Xavier projections.
         nn.init.zeros_(self.plucker_embedder.weight)
         nn.init.zeros_(self.final_linear.weight)
+        if self.config["camera_start"] == "rays":
+            self._look_along_rays()
+
+    @torch.no_grad()
+    def _look_along_rays(self) -> None:
+        """Softmax camera branches start as look-ups of clean frames; their output is zero until it is learnt."""
+        # Channel 0 of attention inputs starts as "this frame is clean": only at t = 0 do all cosines agree.
+        for linear in (self.t_embedder[0], self.t_embedder[2]):
+            linear.weight[0] = 0.0
+        self.t_embedder[0].weight[0, :128] = 8.0 / 128
+        self.t_embedder[0].bias[0] = -4.8
+        self.t_embedder[2].weight[0, 0] = 1.0
+        self.t_block.weight[0, 0] = 3.0
+        for block in self.blocks:
+            if block.attn.kind == "softmax":
+                block.attn.look_along_rays()
 
     def new_state(self, detach: bool = True) -> WorldModelState:
         """The state before a video's first chunk; with detach=False gradients flow through what commits store."""

@@ -155,6 +155,20 @@ class DualAttention(nn.Module):
                 nn.init.zeros_(taps)
                 nn.init.ones_(taps[..., -1])
 
+    @torch.no_grad()
+    def look_along_rays(self) -> None:
+        """A softmax block's camera branch starts as a look-up: a token reads clean frames where they saw its direction.
+
+        In the geometric half of each head only z is not zero: constant in queries, in keys the input's channel 0,
+        in which the model tells clean frames. The logit is the cosine between two rays, whatever the content.
+        """
+        width = self.qkv_cam.in_features
+        for x in (self.qkv_cam.weight[: 2 * width], self.qkv_cam.bias[: 2 * width]):
+            x.unflatten(0, (2 * self.heads, self.head_dim))[:, : self.head_dim // 2] = 0.0
+        z = torch.arange(width).view(self.heads, self.head_dim)[:, 2 : self.head_dim // 2 : 4].flatten()
+        self.qkv_cam.bias[z] = 4.0
+        self.qkv_cam.weight[width + z, 0] = 1.0
+
     def forward(
         self,
         x: Tensor,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vgr.models.codec import WaveletCodec
+from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
 from vgr.models.ltx2_vae import LTX2Codec
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
 from vgr.training import checkpoints
 
-KNOWN = {c.__name__: c for c in (WorldModel, ByteTextEncoder, Gemma2Text, WaveletCodec, LTX2Codec)}
+KNOWN = {c.__name__: c for c in (WorldModel, ByteTextEncoder, Gemma2Text, CosineCodec, LTX2Codec)}
 
 
 def rebuild(checkpoint: Path) -> dict[str, Any]:

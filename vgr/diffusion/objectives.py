@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vgr.diffusion import flow, timesteps
-from vgr.seeding import normal_like
+from vgr.seeding import normal_like, torch_generator
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,42 @@ def flow_matching(
     noise = normal_like(latents_BCTHW, seed, "noise", positions)
     x = flow.interpolate(latents_BCTHW, noise, t_BT)
     return Noised(x, t_BT, flow.velocity(latents_BCTHW, noise), (t_BT > 0).float())
+
+
+def refinement(
+    latents: Tensor,
+    positions: Tensor,
+    _chunk_T: Tensor,
+    seed: int,
+    *,
+    shift: float,
+    sigma_start: float = 0.909375,
+    reference: int = 1,
+) -> Noised:
+    """SANA-WM's refiner (spec 7): the straight path from noised stage-1 latents to real ones, its slope the target.
+
+    latents (B,2C,T,H,W): a pair on channels, stage 1's x_l and the real x_h. x_1 = (1 - sigma_start) x_l +
+    sigma_start noise stands at sigma_start, x_h at 0, so the slope is (x_1 - x_h) / sigma_start. The first `reference`
+    frames are x_h itself at sigma 0 and not counted. One sigma a sample, shifted logit-normal cut off above
+    sigma_start. Noise and sigmas are functions of (seed, position). ValueError for latents that are no such pairs.
+    """
+    if latents.shape[1] % 2 or not 0 < reference < latents.shape[2]:
+        raise ValueError(
+            f"refinement takes pairs on channels, (B,2C,T,H,W), and frames behind the reference={reference}, got "
+            f"latents {tuple(latents.shape)}"
+        )
+    low, high = latents.chunk(2, dim=1)
+    generators = [torch_generator(seed, "time", position) for position in positions.tolist()]
+    u = torch.stack([1 - torch.rand((), generator=g, dtype=torch.float64) for g in generators])  # in (0, 1]
+    below = torch.special.ndtr(torch.tensor(sigma_start, dtype=torch.float64).logit() - math.log(shift))
+    sigma_B = torch.sigmoid(torch.special.ndtri(u * below) + math.log(shift)).clamp_max(sigma_start)
+    t_BT = sigma_B.float().to(high.device)[:, None].repeat(1, high.shape[2])
+    t_BT[:, :reference] = 0.0
+    noise = normal_like(high, seed, "noise", positions)
+    start = flow.interpolate(low, noise, torch.full_like(t_BT, sigma_start))
+    return Noised(
+        flow.interpolate(high, start, t_BT / sigma_start),
+        t_BT,
+        flow.velocity(high, start) / sigma_start,
+        (t_BT > 0).float(),
+    )

@@ -65,6 +65,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)
     settings = trainer_settings(cfg)
     module, data, codec = build(cfg, initial)
+    del initial  # 11 GB at full size
     steps = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
     try:
         fit(settings, steps, module, data)

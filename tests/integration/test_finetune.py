@@ -155,6 +155,9 @@ def test_adapters_are_exported_merged_and_to_peft(project):
         assert all(torch.equal(again[k], v) for k, v in merged.state_dict().items())
     code, told, err = export(project, f"checkpoint={RUN}", "format=lora", "out=merged/lora")
     assert (code, err) == (0, "") and BASE in told
+    assert export(project, "checkpoint=merged/lora", "out=merged/again")[0] == 0
+    again = load_file(project / "merged/again/model.safetensors")
+    assert all(torch.equal(again[k], v) for k, v in merged.state_dict().items())
     code, _, err = export(project, f"checkpoint={BASE}", "format=lora", "out=merged/none")
     assert code == 2 and "no run with lora" in err and not (project / "merged/none").exists()
     peft = pytest.importorskip("peft")

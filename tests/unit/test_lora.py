@@ -127,3 +127,28 @@ def test_peft_starts_with_the_same_layers_and_sizes():
     theirs = peft.get_peft_model_state_dict(peft.inject_adapter_in_model(config, _model()))
     ours = _adapters(_adapted())
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_peft_format_there_and_back_and_foreign_adapters_are_refused():
+    adapters = _adapters(_adapted())
+    config, tensors = lora.to_peft(adapters, "base", 3, 6, TARGETS)
+    again, scale = lora.from_peft(config, tensors)
+    assert scale == 2.0 and again.keys() == adapters.keys() and all(again[k] is tensors[lora._PEFT + k] for k in again)
+    for change in ({"use_dora": True}, {"peft_type": "LOHA"}, {"bias": "all"}, {"rank_pattern": {"qkv": 4}}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            lora.from_peft({**config, **change}, tensors)
+    with pytest.raises(ValueError, match="lora_embedding_A"):
+        lora.from_peft(config, {"base_model.model.text.lora_embedding_A": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("broken", ["lora_A.weight", "lora_B.weight", "base", "rank"])
+def test_adapters_that_do_not_fit_the_base_are_refused(broken):
+    base, adapters, name = _model().state_dict(), _adapters(_adapted(["x_embedder"])), "x_embedder."
+    if broken == "base":
+        base.pop(f"{name}weight")
+    elif broken == "rank":
+        adapters[f"{name}lora_A.weight"] = adapters[f"{name}lora_A.weight"][:2]
+    else:
+        adapters.pop(name + broken)
+    with pytest.raises(ValueError, match=r"adapter x_embedder.lora_\*"):
+        lora.merge(base, adapters, 1.0)

@@ -51,10 +51,14 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> No
 def merge(base: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The base's tensors with W + scale B A, in fp32, for every adapted W; the others as they are.
 
-    Adapters under the names a LoRALinear gives them, of layers that `base` has.
+    adapters: under the names a LoRALinear gives them. ValueError where the base has no such layer, or another size.
     """
     merged = dict(base)
-    for name in (n.removesuffix(_A) for n in adapters if n.endswith(_A)):
+    sizes = {name: tuple(tensor.shape) for name, tensor in (base | adapters).items()}
+    for name in sorted({n.removesuffix(_A).removesuffix(_B) for n in adapters}):
+        weight, up, down = (sizes.get(name + end, ()) for end in ("weight", _B, _A))
+        if not len(weight) == len(up) == len(down) == 2 or weight != (up[0], down[1]) or up[1] != down[0]:
+            raise ValueError(f"adapter {name}lora_* of sizes A {down}, B {up} fits no weight of the base ({weight})")
         low_rank = adapters[name + _B].float() @ adapters[name + _A].float()
         merged[f"{name}weight"] = torch.add(base[f"{name}weight"].float(), low_rank, alpha=scale)
     return merged
@@ -72,3 +76,18 @@ def to_peft(
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": list(targets),
     }  # fmt: skip
     return config, {_PEFT + name: tensor for name, tensor in adapters.items()}
+
+
+def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """The inverse: adapters by their names in the model, and their scale.
+
+    Raises ValueError for adapters of another kind than `to_peft` writes, naming what is different.
+    """
+    plain = {"peft_type": "LORA", "bias": "none"}
+    other = [f"{k}={config.get(k)}" for k, v in plain.items() if config.get(k) != v]
+    unknown = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern")
+    other += [f"{k}={config[k]}" for k in (*unknown, "modules_to_save") if config.get(k)]
+    other += [n for n in tensors if not n.startswith(_PEFT) or not n.endswith((_A, _B))][:3]
+    if other or not {"r", "lora_alpha"} <= config.keys():
+        raise ValueError(f"only plain LoRA adapters of linear layers can be read, not {', '.join(other) or config}")
+    return {n.removeprefix(_PEFT): t for n, t in tensors.items()}, config["lora_alpha"] / config["r"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,16 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """generator.json and tensors (`model.*`, `text.*`) of a run (`part`: ema or weights), or weights in any form.
 
-    Adapters come merged into their base. Of weights there is no text, and the record has the model only.
+    Adapters, a run's or a folder of PEFT's, come merged into their base. Of weights there is no text, and the record
+    has the model only.
     FileNotFoundError or ValueError say what is missing, damaged, not a world model, or a base that has changed.
     """
     names = world_model_weights
     try:
         folder = checkpoints.resolve(Path(source))
     except FileNotFoundError:
+        if Path(source, "adapter_config.json").is_file():
+            return _with_adapters(Path(source))
         path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
         config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
         return {"model": {"class": "WorldModel", "config": config}}, {f"model.{k}": v for k, v in tensors.items()}
@@ -69,6 +73,20 @@ def read(
         told = record["lora"]
         tensors = lora.merge(_base(told, folder), tensors, told["alpha"] / told["rank"])
     return record, tensors
+
+
+def _with_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A folder as `vgr-export format=lora` writes it, merged into the base that its configuration names."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = config.get("base_model_name_or_path")
+    if base is None or not Path(base).exists():
+        raise FileNotFoundError(f"{folder} holds adapters of {base}, which is not here: name it in adapter_config.json")
+    record, tensors = read(base)
+    try:
+        adapters, scale = lora.from_peft(config, weights.read_tensors(folder / "adapter_model.safetensors"))
+        return record, lora.merge(tensors, {f"model.{k}": v for k, v in adapters.items()}, scale)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _base(told: dict[str, Any], checkpoint: Path) -> dict[str, Tensor]:

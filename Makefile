@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/world_model/tiny/seed1
 FIRST := $(RUN)/bench/smoke/truth/val-000002.mp4
 
-.PHONY: demo test test-slow test-gpu test-multigpu lint clean
+.PHONY: demo chain test test-slow test-gpu test-multigpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
@@ -13,6 +13,18 @@ demo: $(VENV)/.ready
 	$(BIN)/vgr-bench checkpoint=$(RUN) protocol=smoke
 	$(BIN)/vgr-sample checkpoint=$(RUN) path=orbit seconds=5 first_frame=$(FIRST) prompt="a grey yard" out=runs/demo/orbit
 	@echo "report: $(CURDIR)/$(RUN)/bench/smoke/report.html"
+
+# Base, chunk-causal, ODE, self-forcing at tiny size, each from the last one's file; run again it goes on.
+STAGES := chunk_causal ode self_forcing
+chain: $(VENV)/.ready
+	$(BIN)/vgr-prepare data=doom_tiny
+	$(BIN)/vgr-train experiments=world_model/tiny
+	$(BIN)/vgr-train experiments=world_model/chunk_causal size=tiny
+	$(BIN)/vgr-prepare source=ode_tiny
+	$(BIN)/vgr-train experiments=world_model/ode size=tiny
+	$(BIN)/vgr-train experiments=world_model/self_forcing size=tiny
+	for run in tiny $(STAGES:%=%_tiny); do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke || exit; done
+	for run in tiny chunk_causal_tiny; do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke_four_steps || exit; done
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -12,13 +12,12 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vgr import command
+from vgr.command import progress
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    from vgr import command
-
+    """Entry point of `vgr-bench` and `python -m vgr.bench`."""
     command.run("bench", body)
 
 
@@ -66,9 +64,7 @@ def load_protocol(name: str) -> dict[str, Any]:
     """A protocol's settings with its sha256. name: in benchmarks/protocols, or a path. Raises ValueError."""
     import yaml
 
-    from vgr.command import root
-
-    folder = root() / "benchmarks" / "protocols"
+    folder = command.root() / "benchmarks" / "protocols"
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
@@ -133,11 +129,9 @@ def environment() -> dict[str, Any]:
     """Commit (None outside a checkout), device and versions: what a number was measured with."""
     import torch
 
-    from vgr.command import root
-
-    commit = None
-    if (root() / ".git").exists():
-        call = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True, check=False)
+    root, commit = command.root(), None
+    if (root / ".git").exists():
+        call = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
         commit = call.stdout.strip() or None
     packages = ("vgr", "torch", "numpy", "scipy", "opencv-python-headless", "av", "torchmetrics")
     cuda = torch.cuda.is_available()
@@ -146,28 +140,6 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
     }
-
-
-@contextmanager
-def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """A bar with time left, or a plain line every tenth if stderr is no terminal; yields done(n)."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=label, smoothing=0.1) as bar:
-            yield lambda n=1: bar.update(n) and None
-        return
-    start, count = time.monotonic(), 0
-
-    def done(n: int = 1) -> None:
-        nonlocal count
-        before, count = count, min(count + n, total)
-        if 10 * count // total > 10 * before // total:
-            spent = time.monotonic() - start
-            left = spent * (total - count) / count
-            print(f"{label}: {count}/{total}, {spent:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    yield done
 
 
 if __name__ == "__main__":

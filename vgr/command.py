@@ -12,7 +12,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,7 @@ def run_folder(runs: str, experiment: str | None, overrides: Iterable[str], seed
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~").split("@")[0]
-        if key == "scale":
+        if key == "size":
             experiment = f"{experiment or 'default'}_{value}"
         elif changes_results(key) and key not in ("seed", "experiments"):
             told.append((key, value))
@@ -210,3 +212,28 @@ def check_targets(cfg: Any, path: str = "") -> None:
         if key not in parameters and key not in ("_target_", "_partial_", "_convert_"):
             hint = suggestion(str(key), parameters, f"; it takes {', '.join(parameters)}")
             raise ValueError(f"{path}: {cfg._target_} takes no `{key}`{hint}")
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A bar with time left, or a plain line every tenth if stderr is no terminal; yields done(n).
+
+    The first call may say how many stood already.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=label, smoothing=0.1, dynamic_ncols=True) as bar:
+            yield lambda n: bar.update(n) and None
+        return
+    start, counts = time.monotonic(), [0]
+
+    def done(n: int) -> None:
+        counts.append(min(counts[-1] + n, total))
+        first, before, count = counts[1], *counts[-2:]
+        if 10 * count // total > 10 * before // total:
+            spent = time.monotonic() - start
+            left = f", {spent * (total - count) / (count - first):.0f} s left" if count > first else ""
+            print(f"{label}: {count}/{total}, {spent:.0f} s{left}", file=sys.stderr, flush=True)
+
+    yield done

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +35,9 @@ def body(cfg: DictConfig) -> None:
     workers = cfg.workers or len(os.sched_getaffinity(0))
     for split, clips in (("val", cfg.val_clips), ("train", cfg.train_clips)):
         folder = Path(cfg.out) / split
-        with Progress(split, clips) as show:
+        with command.progress(clips, f"{split} clips") as done:
             new = prepare_split(source, codec, folder, split, clips, cfg.seed, workers=workers,
-                                keep_video=cfg.keep_video, progress=show)
+                                keep_video=cfg.keep_video, progress=done)
         print(f"{folder}: {clips} clips" + (f", {new} new" if new else ", nothing to do"))
 
 
@@ -49,45 +46,9 @@ def write_paths(source: TeacherPaths, folder: Path, clips: int, seed: int) -> No
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with Progress("trajectories", clips) as show:
-        new = source.write(folder, clips, seed, show, device)
+    with command.progress(clips, "trajectories") as done:
+        new = source.write(folder, clips, seed, done, device)
     print(f"{folder}: {clips} trajectories" + (f", {new} new" if new else ", nothing to do"))
-
-
-class Progress:
-    """Clips a second and time left: a bar on a terminal, else a line every ten seconds."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
-        self.bar, self.began, self.first, self.told = None, time.monotonic(), None, time.monotonic()
-
-    def __enter__(self) -> Callable[[int], None]:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.total, desc=self.name, unit="clip", dynamic_ncols=True)
-        return self.show
-
-    def show(self, done: int) -> None:
-        """Tells that `done` clips stand; the first call says how many stood before."""
-        if self.first is None:
-            self.first = done
-        if self.bar is not None:
-            if done == self.first:
-                self.bar.initial = done
-            self.bar.n = done
-            self.bar.refresh()
-            return
-        now = time.monotonic()
-        if now - self.told >= 10 and done > self.first:
-            self.told, rate = now, (done - self.first) / (now - self.began)
-            left = (self.total - done) / rate
-            print(f"{self.name}: {done}/{self.total} clips, {rate:.1f} clips/s, {left:.0f} s left", file=sys.stderr,
-                  flush=True)
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ vgr-sample checkpoint=runs/world_model/tiny/seed1 cameras=colmap/sparse/0 scale=
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -95,6 +94,18 @@ class Generator:
                 f"{self.fps:.2f} a second; use 0 < seconds <= {int(longest * 100) / 100:g}"
             )
         return frames
+
+    def calls(self, frames: int) -> int:
+        """How often `progress` is called for a video of `frames` raw frames: once a step, or once a chunk."""
+        from vgr.diffusion.samplers import chunk_bounds
+        from vgr.types import Layout
+
+        latents, steps = self.codec.latent_frames(frames), len(self.sampling["sigmas"] or ()) - 1
+        steps = self.sampling["steps"] if steps < 0 else steps
+        chunks = len(chunk_bounds(Layout.chunked(1, latents, self.chunk or latents)))
+        return {"joint": steps, "chunk_flow": int((chunks - 1) * steps / chunks) + steps, "stream": chunks}[
+            self.sampling["method"]
+        ]
 
     def __call__(
         self,
@@ -205,8 +216,8 @@ def body(cfg: DictConfig) -> None:
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
-    with _progress(generator.sampling["steps"]) as step:
-        videos, timings = generator(first, cameras, ((cfg.prompt,),), [cfg.seed], step)
+    with command.progress(generator.calls(cameras.c2w.shape[1]), "denoising") as done:
+        videos, timings = generator(first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1))
     settings = {
         "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": str(cfg.actions),
         "cameras": cfg.cameras, "scale": cfg.scale, "intrinsics": str(cfg.intrinsics), "prompt": cfg.prompt,
@@ -223,7 +234,9 @@ def read_first_frame(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
 
     if path.suffix != ".mp4":
         return read_image(path, size_hw)
-    frame = next(iter(iter_video(path)))[0]
+    frame = next((frame for frame, _ in iter_video(path)), None)
+    if frame is None:
+        raise ValueError(f"first_frame={path} holds no frame; give an image or a whole mp4")
     if frame.shape[:2] != size_hw:
         raise ValueError(f"first_frame={path} is {frame.shape[1]}x{frame.shape[0]}; the model makes {size_hw[::-1]}")
     return frame
@@ -339,6 +352,7 @@ def follow(file: CameraFile, cfg: DictConfig, generator: Generator, own: Tensor)
 
 def write_sample(out: Path, frames: np.ndarray, cameras: Cameras, fps: float, settings: dict[str, Any]) -> None:
     """Write the video (F,H,W,3), the video beside its path seen from above, the poses and the settings."""
+    from vgr.data.files import write_json
     from vgr.data.video import write_video
     from vgr.geometry.formats import write_cameras
     from vgr.report.path_view import beside_path
@@ -347,20 +361,7 @@ def write_sample(out: Path, frames: np.ndarray, cameras: Cameras, fps: float, se
     write_video(out / "video.mp4", frames, fps)
     write_video(out / "side_by_side.mp4", beside_path(frames, c2w, intrinsics), fps)
     write_cameras(out / "cameras.npz", cameras, fps)
-    (out / "sample.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _progress(steps: int) -> Any:
-    from contextlib import contextmanager
-
-    from vgr.bench import progress
-
-    @contextmanager
-    def bar() -> Any:
-        with progress(steps, "denoising") as done:
-            yield lambda _i: done(1)
-
-    return bar()
+    write_json(out / "sample.json", settings)
 
 
 if __name__ == "__main__":

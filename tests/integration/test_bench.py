@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -293,9 +294,7 @@ def test_wrong_input_is_one_clear_line(foreign, world, tmp_path):
     assert all("\n" not in text for text in refused)
 
 
-def test_protocols_and_the_command_refuse_by_name(tmp_path):
-    from vgr import command
-
+def test_protocols_are_refused_by_name(tmp_path):
     smoke = bench_.load_protocol("smoke")
     assert smoke["clips"] >= 32 and len(smoke["sha256"]) == 64
     with pytest.raises(ValueError, match="protocol=smok does not exist; choose .*smoke"):
@@ -303,7 +302,40 @@ def test_protocols_and_the_command_refuse_by_name(tmp_path):
     (tmp_path / "p.yaml").write_text("name: x\nclipz: 3\n")
     with pytest.raises(ValueError, match="clipz"):
         bench_.load_protocol(str(tmp_path / "p.yaml"))
-    with pytest.raises(ValueError, match="either checkpoint"):
-        bench_.body(command.compose("bench"))
-    with pytest.raises(ValueError, match="is not a folder"):
-        bench_.body(command.compose("bench", [f"videos={tmp_path}/none"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["checkpoint=nothing"], "no checkpoint here"),
+        (["protcol=smoke", "checkpoint=nothing"], "did you mean `protocol`?"),
+        (["protocol=smok", "checkpoint=nothing"], "protocol=smok does not exist"),
+        (["videos=nowhere"], "is not a folder"),
+        ([], "either checkpoint"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2_and_write_nothing(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vgr-bench", *words])
+    with pytest.raises(SystemExit) as ended:
+        bench_.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and told in err and err.count("\n") == 1 and err.startswith("vgr-bench: error:")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_only_whole_videos_and_the_run_continues(finished, world, tmp_path):
+    limit = min(p.stat().st_size for p in (finished[0] / "truth").glob("*.mp4"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError):
+            bench_.bench(PROTOCOL, tmp_path / "out", generator=Turner(), shards=world)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / "out" / "results.json").exists()
+    for path in tmp_path.rglob("*.mp4"):
+        assert len(read_video(path)[0]) == FRAMES
+    bench_.bench(PROTOCOL, tmp_path / "out", generator=Turner(), shards=world)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["rows"]["model"]["metrics"]["psnr_db"] == finished[1]["rows"]["model"]["metrics"]["psnr_db"]

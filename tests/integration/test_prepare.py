@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 
@@ -53,8 +54,11 @@ def test_workers_do_not_change_a_byte(whole, tmp_path):
 
 
 def test_an_interrupted_run_continues_to_the_same_files_and_a_finished_one_is_left(whole, tmp_path):
-    def stop(done):
-        if done == 3:
+    heard = []
+
+    def stop(more):
+        heard.append(more)
+        if sum(heard) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -80,10 +84,13 @@ def test_fewer_clips_than_there_are_is_an_error(whole):
         prepare(whole, 4)
 
 
-def command(folder, *words):
+def command(folder, *words, limit=resource.RLIM_INFINITY):
+    """vgr-prepare as a user runs it; limit: bytes a file may have, which stands in for a full disk."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "vgr.prepare", *words], cwd=folder, env=env, capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", "vgr.prepare", *words], cwd=folder, env=env, capture_output=True, text=True,
+        timeout=120, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
@@ -106,3 +113,12 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, words, told):
     code, out = command(tmp_path, *words)
     assert code == 2 and told in out and len(out.strip().splitlines()) == 1 and "Traceback" not in out
     assert not list(tmp_path.rglob("*.tar")) and not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_full_disk_is_one_line_code_2_and_nothing_half_written(tmp_path):
+    words = ("data=worlds_tiny", "train_clips=4", "val_clips=4", "source.frames=9", "workers=1")
+    code, out = command(tmp_path, *words, limit=9000)
+    errors = [line for line in out.splitlines() if not line.startswith("val clips: ")]
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("vgr-prepare: error: File too large")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".log"]
+    assert command(tmp_path, *words)[0] == 0

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def project(tmp_path_factory):
     assert train(folder).returncode == 0
     image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     cv2.imwrite(str(folder / "first.png"), image)
-    (folder / "words.png").write_text("this is no image")
+    for name in ("words.png", "words.mp4"):
+        (folder / name).write_text("this is no image")
     return folder
 
 
@@ -164,6 +166,7 @@ def test_the_given_first_frame_is_kept(project):
     ("words", "told"),
     [
         (("path=orbit", "seconds=60"), "beyond this model"),
+        (("actions=[w-400]",), "beyond this model"),
         (("path=orbitt", "seconds=1"), "orbit"),
         (("path=orbit", "actions=[w-4]"), "got path and actions"),
         (("cameras=whole.npz", "actions=[w-4]"), "got actions and cameras"),
@@ -182,6 +185,7 @@ def test_the_given_first_frame_is_kept(project):
         (("path=orbit", "seconds=1", "intrinsics=150"), "field of view 150.0"),
         (("actions=[w-4,q-3]",), "q"),
         (("path=orbit", "seconds=1", "first_frame=words.png"), "words.png"),
+        (("path=orbit", "seconds=1", "first_frame=words.mp4"), "words.mp4"),
         (("path=orbit", "seconds=1", "first_frame=none.png"), "none.png"),
         (("path=orbit", "second=1"), "seconds"),
     ],
@@ -206,9 +210,21 @@ def test_mistakes_end_in_one_line_and_code_2(project, words, told):
 
 def test_missing_and_truncated_checkpoints_are_named(project, tmp_path):
     code, err = run(tmp_path, "checkpoint=nothing", "path=orbit")
-    assert code == 2 and "nothing" in err and err.count("\n") == 1
+    assert code == 2 and "nothing" in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
     shutil.copytree(project / RUN, tmp_path / "run")
     victim = next((tmp_path / "run/checkpoints").glob("step_*/ema/*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:1000])
     code, err = run(tmp_path, "checkpoint=run", "path=orbit")
-    assert code == 2 and victim.name in err and err.count("\n") == 1
+    assert code == 2 and victim.name in err and err.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk_is_one_line_and_code_2_and_leaves_no_file(project):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        code, err = run(project, f"checkpoint={RUN}", "path=orbit", "seconds=1", "out=full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    errors = [line for line in err.splitlines() if not line.startswith("denoising: ")]
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("vgr-sample: error: File too large")
+    assert not [p for p in (project / "full").rglob("*") if p.is_file()]

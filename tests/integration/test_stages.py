@@ -11,8 +11,9 @@ from vgr.training import checkpoints
 TIMES = [1.0, 0.75, 0.0]
 STAGES = {
     "causal": "training: {chunk: 2}\ninit_from: runs/mini/seed1\nsampling: {method: chunk_flow, steps: 2}\n",
-    "ode": "init_from: runs/causal/seed1\ndata: {train: paths}\nsampling: {method: stream, sigmas: [1.0, 0.75, 0.0]}\n",
-    "forcing": "init_from: runs/ode/seed1\nteacher: runs/mini/seed1\ntraining: {critic_steps: 2}\n"
+    "ode": "training: {chunk: 2}\ninit_from: runs/causal/seed1\ndata: {train: paths}\n"
+    "sampling: {method: stream, sigmas: [1.0, 0.75, 0.0]}\n",
+    "forcing": "training: {critic_steps: 2, chunk: 2}\ninit_from: runs/ode/seed1\nteacher: runs/mini/seed1\n"
     "sampling: {method: stream, sigmas: [1.0, 0.75, 0.0]}\n",
 }
 

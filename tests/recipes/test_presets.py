@@ -38,8 +38,8 @@ def test_preset_builds_with_its_declared_size(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_preset_has_a_tiny_twin_of_the_same_stage(name):
-    """scale=tiny changes sizes, data and counts, and nothing of what the stage is."""
-    cfg, tiny = (command.compose("train", [f"experiments={name}", *more]) for more in ([], ["scale=tiny"]))
+    """size=tiny changes sizes, data and counts, and nothing of what the stage is."""
+    cfg, tiny = (command.compose("train", [f"experiments={name}", *more]) for more in ([], ["size=tiny"]))
     command.check_targets(cfg)
     command.check_targets(tiny)
     for key in SAME:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from vgr.geometry.cameras import project
 from vgr.geometry.formats import read_cameras, write_cameras
 from vgr.types import Cameras
 
@@ -175,7 +174,9 @@ def test_nerf_cameras_look_along_minus_z(tmp_path, poses):
     # What an OpenGL camera sees at (x, y, -depth) lies at (x, -y, depth) for ours: right and up in the picture.
     matrix = np.array(json.loads((tmp_path / "transforms.json").read_text())["frames"][2]["transform_matrix"])
     point = torch.tensor(matrix @ [1.0, 0.5, -4.0, 1.0])[:3]
-    seen, depth = project(point[None], found.c2w[0, 2], found.intrinsics[0, 2])
+    local = (point - found.c2w[0, 2, :3, 3]) @ found.c2w[0, 2, :3, :3]
+    focal, centre = found.intrinsics[0, 2].chunk(2)
+    seen, depth = (focal * local[:2] / local[2] + centre)[None], local[2:]
     np.testing.assert_allclose(seen[0], [K[2] + K[0] / 4, K[3] - K[1] * 0.5 / 4])
     assert float(depth) == pytest.approx(4.0)
 

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from vgr.report import media, page, trends
+from vgr.data.files import read_lines
+from vgr.report import media, page
 from vgr.report.curves import Line, chart, path_from_above, smooth
 
 
@@ -22,15 +23,16 @@ def run_folder(tmp_path):
 
 
 def test_history_survives_a_line_cut_by_a_kill(tmp_path):
-    history = trends.read_history(run_folder(tmp_path))
+    history = read_lines(run_folder(tmp_path) / "metrics.jsonl")
     assert len(history) == 50 and history[-1]["samples_seen"] == 784
-    assert trends.read_history(tmp_path) == []
+    assert read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_training_curves_come_from_the_history(tmp_path):
-    html = trends.training(trends.read_history(run_folder(tmp_path)))
-    assert html.count("<svg") == 2 and html.count('class="band modelc"') == 1 and "Camera gain" in html
-    assert trends.training([]) == ""
+    losses, gain = page.training(read_lines(run_folder(tmp_path) / "metrics.jsonl"))["charts"]
+    assert losses.count("<polyline") == 4 and "Loss" in losses
+    assert gain.count('class="band model"') == 1 and "Camera gain" in gain
+    assert page.training([])["charts"] == ["", ""]
 
 
 def test_figures_show_the_digits_their_interval_supports():
@@ -44,7 +46,7 @@ def test_figures_show_the_digits_their_interval_supports():
 
 
 def test_chart_is_valid_scaled_and_skips_holes():
-    line = Line([0, 1, 2, 3], [1.0, None, float("nan"), 4.0], "modelc", low=[0, 1, 1, 3], high=[2, 3, 3, 5])
+    line = Line([0, 1, 2, 3], [1.0, None, float("nan"), 4.0], "model", low=[0, 1, 1, 3], high=[2, 3, 3, 5])
     svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", chart([line], "s", "a < b & c"))[0])
     points = [p.split(",") for p in svg.find("polyline").get("points").split()]
     assert len(points) == 2

@@ -1,9 +1,7 @@
 import cv2
 import numpy as np
-import torch
 
 from vgr.data.worlds import Scene, WorldSource, free_flight
-from vgr.geometry.cameras import project
 
 SIZE = (48, 64)
 K = np.array([0.6, 0.8, 0.5, 0.5])
@@ -44,9 +42,10 @@ def test_another_view_of_the_same_moment_agrees_through_depth():
     seen = scene.depth(target, K, 0.3, SIZE)
 
     def error(c2w):
-        xy, z = project(torch.from_numpy(points.reshape(-1, 3)), torch.from_numpy(c2w), torch.from_numpy(K))
-        x, y = (xy.numpy().reshape(*SIZE, 2) * np.array([64, 48]) - 0.5).astype(np.float32).transpose(2, 0, 1)
-        z = z.numpy().reshape(SIZE)
+        local = (points - c2w[:3, 3]) @ c2w[:3, :3]
+        z = local[..., 2]
+        x, y = ((local[..., i] / z * K[i] + K[i + 2]) * SIZE[1 - i] - 0.5 for i in (0, 1))
+        x, y = x.astype(np.float32), y.astype(np.float32)
         nearest = cv2.remap(seen, x, y, cv2.INTER_LINEAR, borderValue=-1)
         visible = (np.abs(nearest - z) < 0.03) & (z > 0.1)
         other = cv2.remap(scene.render(target, K, 0.3, SIZE).astype(np.float32), x, y, cv2.INTER_LINEAR)

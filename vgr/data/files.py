@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -40,3 +41,17 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file so that a crash leaves either the old or the new content. Raises OSError."""
     with atomic(path) as file:
         file.write(text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON as `write_text` does. NaN is refused: JSON has none."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False))
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file of one JSON object a line, without a line cut short by a kill; [] where there is none."""
+    lines, path = [], Path(path)
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines

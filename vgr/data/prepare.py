@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from vgr.data.shards import ShardWriter
+from vgr.data.shards import Shards, ShardWriter
 from vgr.data.video import Clip, encode_video
 from vgr.types import Codec
 
@@ -40,100 +41,63 @@ def encode(codec: Codec, frames_FHWC: np.ndarray) -> np.ndarray:
 
 def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, clips: int, seed: int, *,
                   workers: int = 1, keep_video: bool = False, samples_per_shard: int = 64,
-                  progress: Callable[[int], None] = lambda done: None) -> int:
+                  progress: Callable[[int], None] = lambda more: None) -> int:
     """Writes `clips` clips of a split as shards and returns how many were new.
 
     A finished folder of the same settings is left as it is, an unfinished one continued at its first missing
-    shard. Validation keeps its videos, since measuring needs true frames. `progress` hears the number of clips
-    done. Raises ValueError where source and codec do not fit or the folder holds something else, OSError where
-    the disk is full.
+    shard. Validation keeps its videos, since measuring needs true frames. `progress` hears how many clips stood
+    already, then of each new one. Raises ValueError where source and codec do not fit or the folder holds
+    something else, OSError where the disk is full.
     """
     t, h, w = codec.stride
     if (source.frames - 1) % t or source.size_hw[0] % h or source.size_hw[1] % w:
         raise ValueError(f"source.frames={source.frames}, source.size_hw={list(source.size_hw)} do not fit a codec of "
                          f"stride {[t, h, w]}: frames must be 1 + n x {t}, height a multiple of {h}, width of {w}")
+    keep_video = keep_video or split == "val"
     extra = {"source": type(source).__name__, "split": split, "seed": seed, "frames": source.frames,
-             "places": list(source.splits[split]), "video": keep_video or split == "val",
+             "places": list(source.splits[split]), "video": keep_video,
              "settings": json.loads(json.dumps(vars(source), default=str))}
-    head = dict(codec_name=type(codec).__name__, codec_fingerprint=codec.fingerprint, stride=tuple(codec.stride),
-                channels=codec.channels, size_hw=source.size_hw, fps=source.fps, licence=source.licence,
-                samples_per_shard=samples_per_shard, extra=extra)
-    if _finished(Path(folder), head, clips):
+    if _finished(Path(folder), codec.fingerprint, extra, clips):
         progress(clips)
         return 0
-    with ShardWriter(folder, **head) as writer:
+    with ShardWriter(folder, type(codec).__name__, codec.fingerprint, tuple(codec.stride), codec.channels,
+                     source.size_hw, source.fps, source.licence, samples_per_shard, extra) as writer:
         start = min(writer.done, clips)
         progress(start)
-        items = _encoded(source, codec, seed, split, start, clips, workers, extra["video"])
-        for index, item in enumerate(items, start):
+        first, skip = divmod(start, source.clips_per_visit)
+        visits = range(first, -(-clips // source.clips_per_visit))
+        visit = partial(_visit, source, codec, seed, split, keep_video)
+        items = itertools.chain.from_iterable(_in_order(visit, visits, workers))
+        for index, item in enumerate(itertools.islice(items, skip, skip + clips - start), start):
             writer.add(f"{split}-{index:06d}", **item)
-            progress(index + 1)
+            progress(1)
     return clips - start
 
 
-def _finished(folder: Path, head: dict[str, Any], clips: int) -> bool:
-    """True where a manifest of these settings and this many clips stands; ValueError where it has more clips."""
-    path = folder / "manifest.json"
-    if not path.is_file():
+def _finished(folder: Path, codec_fingerprint: str, extra: dict[str, Any], clips: int) -> bool:
+    """True where whole shards of these settings and this many clips stand; ValueError where there are more clips."""
+    try:
+        there = Shards(folder, codec_fingerprint)
+    except ValueError:
         return False
-    manifest = json.loads(path.read_text())
-    same = (manifest.get("codec", {}).get("fingerprint"), manifest.get("extra"), manifest.get("size_hw")) == (
-        head["codec_fingerprint"], head["extra"], list(head["size_hw"]))
-    whole = all((folder / s["file"]).is_file() and (folder / s["file"]).stat().st_size == s["bytes"]
-                for s in manifest.get("shards", []))
-    if same and manifest["samples"] > clips:
-        raise ValueError(f"{folder} holds {manifest['samples']} clips, more than the {clips} asked for; choose another "
+    if there.manifest["extra"] == extra and len(there) > clips:
+        raise ValueError(f"{folder} holds {len(there)} clips, more than the {clips} asked for; choose another "
                          "`out`, or remove that folder")
-    return same and whole and manifest["samples"] == clips
+    return there.manifest["extra"] == extra and len(there) == clips
 
 
-def _encoded(source: Source, codec: Codec, seed: int, split: str, start: int, stop: int, workers: int,
-             keep_video: bool) -> Iterator[dict[str, Any]]:
-    """Encoded clips start to stop in order, whatever the number of workers."""
-    per_visit = source.clips_per_visit
-    visits = range(start // per_visit, -(-stop // per_visit))
-    jobs = ((seed, split, visit, keep_video) for visit in visits)
-    skip, left = start % per_visit, stop - start
-    for items in _in_order(source, codec, jobs, workers):
-        wanted = items[skip : skip + left]
-        yield from wanted
-        skip, left = 0, left - len(wanted)
-
-
-def _in_order(source: Source, codec: Codec, jobs: Iterator[tuple], workers: int) -> Iterator[list[dict[str, Any]]]:
+def _in_order(visit: Callable[[int], list[dict[str, Any]]], visits: range, workers: int) -> Iterator[list[dict]]:
     if workers <= 1:
-        for job in jobs:
-            yield _visit(source, codec, *job)
+        yield from map(visit, visits)
         return
     # A server process forks the workers: fork from here would copy threads' locks, spawn costs seconds each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vgr.data.prepare"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(source, codec))
-    waiting: deque[Future] = deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(_work, *job))
-            if len(waiting) > 2 * workers:  # enough ahead to keep all busy, without filling memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(visit, visits)
 
 
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(source: Source, codec: Codec) -> None:
-    torch.set_num_threads(1)
-    _worker.update(source=source, codec=codec)
-
-
-def _work(*job: Any) -> list[dict[str, Any]]:
-    return _visit(_worker["source"], _worker["codec"], *job)
-
-
-def _visit(source: Source, codec: Codec, seed: int, split: str, visit: int, keep_video: bool) -> list[dict[str, Any]]:
+def _visit(source: Source, codec: Codec, seed: int, split: str, keep_video: bool, visit: int) -> list[dict[str, Any]]:
     return [
         {
             "latents": encode(codec, clip.frames),

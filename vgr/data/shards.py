@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vgr.data.files import atomic, sync_folder
+from vgr.data.files import atomic, sync_folder, write_text
 
 SCHEMA = 1
 _AGAIN = "remove that folder and run vgr-prepare again"
@@ -45,93 +46,83 @@ class Sample:
 class ShardWriter:
     """Writes shards into a folder, continuing after the last whole one; a context manager.
 
-    The manifest is written when the block ends well (or by close()). `done` counts the samples that were
-    there already: the caller goes on with that one. Raises ValueError where the folder holds other settings.
+    The manifest is written when the block ends well. `done` counts the samples that were there already: the
+    caller goes on with that one. Raises ValueError where the folder holds other settings.
     """
 
     def __init__(self, folder: str | Path, codec_name: str, codec_fingerprint: str, stride: tuple[int, int, int],
                  channels: int, size_hw: tuple[int, int], fps: float, licence: str, samples_per_shard: int = 64,
                  extra: Mapping[str, Any] | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder, self.samples_per_shard = Path(folder), samples_per_shard
         codec = {"name": codec_name, "fingerprint": codec_fingerprint, "stride": list(stride), "channels": channels}
         self.head = {
-            "schema": SCHEMA, "codec": codec,
-            "size_hw": list(size_hw), "fps": fps, "licence": licence, "samples_per_shard": samples_per_shard,
-            "extra": dict(extra or {}),
+            "schema": SCHEMA, "codec": codec, "size_hw": list(size_hw), "fps": fps, "licence": licence,
+            "samples_per_shard": samples_per_shard, "extra": dict(extra or {}),
         }
-        self.samples_per_shard = samples_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".*.part"):
             part.unlink()
         self.shards: list[dict[str, Any]] = []
-        while (index := self._index_path()).is_file():
+        while (index := self._path("json")).is_file():
             known = json.loads(index.read_text())
             if known["head"] != self.head:
                 changed = [k for k in self.head if known["head"].get(k) != self.head[k]]
                 raise ValueError(f"{self.folder} holds shards with another {', '.join(changed)}; choose another `out`, "
                                  "or remove that folder")
-            tar = self.folder / known["file"]
-            if len(known["samples"]) < samples_per_shard or not tar.is_file() or tar.stat().st_size != known["bytes"]:
+            if len(known["samples"]) < samples_per_shard or _size(self._path("tar")) != known["bytes"]:
                 break  # lost, or the last one of a smaller set: written again, since more may follow
-            self.shards.append({k: known[k] for k in ("file", "bytes", "sha256", "samples")})
+            self.shards.append({k: v for k, v in known.items() if k != "head"})
         self.done = len(self.shards) * samples_per_shard
         (self.folder / "manifest.json").unlink(missing_ok=True)
-        self._pending: list[dict[str, bytes | str]] = []
+        self._pending: list[tuple[str, dict[str, bytes]]] = []
 
-    def _index_path(self) -> Path:
-        return self.folder / f"shard-{len(self.shards):05d}.json"
+    def _path(self, ending: str) -> Path:
+        return self.folder / f"shard-{len(self.shards):05d}.{ending}"
 
     def add(self, key: str, latents: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, meta: Mapping[str, Any],
             video: bytes | None = None, depth: np.ndarray | None = None) -> None:
         """Adds a sample; a full shard goes to disk. latents (C,T,H,W), c2w (F,4,4), depth (F,H,W) metres."""
         _check_shapes(self.head, latents.shape, c2w.shape, intrinsics.shape, key)
-        sample: dict[str, bytes | str] = {
-            "__key__": key,
+        cameras = dict(c2w=c2w.astype(np.float64), intrinsics=intrinsics.astype(np.float64))
+        members = {
             "latent.npy": _npy(latents.astype(np.float16)),
-            "cameras.npz": _npz(c2w=c2w.astype(np.float64), intrinsics=intrinsics.astype(np.float64),
-                                fps=np.float64(self.head["fps"])),
+            "cameras.npz": _npz(**cameras, fps=np.float64(self.head["fps"])),
             "json": json.dumps(meta, sort_keys=True).encode(),
+            "mp4": video,
+            "depth.npz": None if depth is None else _npz(depth=depth.astype(np.float16)),
         }
-        if video is not None:
-            sample["mp4"] = video
-        if depth is not None:
-            sample["depth.npz"] = _npz(depth=depth.astype(np.float16))
-        self._pending.append(sample)
+        self._pending.append((key, {suffix: data for suffix, data in members.items() if data is not None}))
         if len(self._pending) == self.samples_per_shard:
             self._flush()
 
     def _flush(self) -> None:
         """Writes the pending samples as one shard, then its index: a shard counts once its index stands."""
-        import tarfile
-
-        import webdataset
-
-        name = f"shard-{len(self.shards):05d}.tar"
-        buffer = io.BytesIO()
-        # Every field that could differ between two runs is fixed, so equal samples give equal files.
-        with webdataset.TarWriter(buffer, mtime=0, encoder=False, user="vgr", group="vgr") as writer:
-            for sample in self._pending:
-                writer.write(sample)
-        buffer.seek(0)
-        with tarfile.open(fileobj=buffer, mode="r:") as tar:
-            where = {member.name: (member.offset_data, member.size) for member in tar}
-        data = buffer.getbuffer()
-        with atomic(self.folder / name) as file:
+        buffer, entries = io.BytesIO(), []
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, members in self._pending:
+                where = {}
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")  # no time and no owner: equal samples, equal files
+                    info.size = len(data)
+                    where[suffix] = [tar.offset + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)]
+                    tar.addfile(info, io.BytesIO(data))
+                entries.append({"key": key, "members": where})
+        path, data = self._path("tar"), buffer.getbuffer()
+        with atomic(path) as file:
             file.write(data)
-        entries = []
-        for sample in self._pending:
-            key = sample["__key__"]
-            members = {suffix: [*where[f"{key}.{suffix}"], zlib.crc32(content)]
-                       for suffix, content in sample.items() if suffix != "__key__"}
-            entries.append({"key": key, "members": members})
         digest = hashlib.sha256(data).hexdigest()
-        shard = {"file": name, "bytes": len(data), "sha256": digest, "samples": entries}
-        _write_json(self._index_path(), {"head": self.head, **shard})
+        shard = {"file": path.name, "bytes": len(data), "sha256": digest, "samples": entries}
+        write_text(self._path("json"), json.dumps({"head": self.head, **shard}))
         self.shards.append(shard)
         self._pending = []
 
-    def close(self) -> None:
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
         """Writes what is pending and the manifest, last; removes shards of an earlier, longer set."""
+        if kind is not None:
+            return
         if self._pending:
             self._flush()
         for path in self.folder.glob("shard-*"):
@@ -139,14 +130,7 @@ class ShardWriter:
                 path.unlink()
         sync_folder(self.folder)
         samples = sum(len(s["samples"]) for s in self.shards)
-        _write_json(self.folder / "manifest.json", {**self.head, "samples": samples, "shards": self.shards})
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type | None, *error: object) -> None:
-        if kind is None:
-            self.close()
+        write_text(self.folder / "manifest.json", json.dumps({**self.head, "samples": samples, "shards": self.shards}))
 
 
 class Shards:
@@ -176,11 +160,8 @@ class Shards:
             )
         for shard in self.manifest["shards"]:
             file = self.folder / Path(shard["file"]).name
-            size = file.stat().st_size if file.is_file() else 0
-            if size != shard["bytes"]:
-                raise ValueError(
-                    f"{file}: {size} bytes where the manifest says {shard['bytes']} (truncated or missing); {_AGAIN}"
-                )
+            if _size(file) != shard["bytes"]:
+                raise ValueError(f"{file}: not the manifest's {shard['bytes']} bytes (truncated or missing); {_AGAIN}")
 
     @property
     def keys(self) -> list[str]:
@@ -227,14 +208,9 @@ class Shards:
             return None
         return _read_npz(self._member(index, "depth.npz"))["depth"]
 
-    def verify(self) -> list[str]:
-        """Names of shards whose sha256 is not the manifest's; reads everything."""
-        bad = []
-        for shard in self.manifest["shards"]:
-            with (self.folder / Path(shard["file"]).name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    bad.append(shard["file"])
-        return bad
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _check_shapes(head: Mapping[str, Any], latents: tuple, c2w: tuple, intrinsics: tuple, key: str) -> None:
@@ -279,8 +255,3 @@ def _read_npz(data: bytes, limit: int = 1 << 30) -> dict[str, np.ndarray]:
         if sum(info.file_size for info in archive.infolist()) > limit:
             raise ValueError(f"an archive of more than {limit} bytes")
         return {info.filename.removesuffix(".npy"): _read_npy(archive.read(info)) for info in archive.infolist()}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic(path) as file:
-        file.write(json.dumps(content).encode())

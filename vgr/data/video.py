@@ -15,7 +15,6 @@ from vgr.data.files import atomic
 
 # The container is named to the decoder, so that a playlist with a video's name is not followed.
 _CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
-_IMAGE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,6 @@ class Clip:
     depth: np.ndarray | None = None
 
 
-def _local(path: str | Path, kinds: dict[str, str]) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in kinds:
-        raise ValueError(f"{path}: not a video file by its name; accepted are {', '.join(kinds)}")
-    if not path.is_file():
-        raise FileNotFoundError(2, "no such video file (only local regular files are read)", str(path))
-    return path
-
-
 def _careful() -> Any:
     """How colours are converted: rounded, chroma at full width. The usual quick way darkens by a level and more."""
     from av.video.reformatter import Interpolation as Way
@@ -58,9 +48,15 @@ def iter_video(video: str | Path | bytes) -> Iterator[tuple[np.ndarray, float]]:
     """
     import av
 
-    name = "the video" if isinstance(video, bytes) else str(_local(video, _CONTAINERS))
-    container = "mov" if isinstance(video, bytes) else _CONTAINERS[Path(name).suffix.lower()]
-    with io.BytesIO(video) if isinstance(video, bytes) else Path(name).open("rb") as file:
+    if isinstance(video, bytes):
+        name, container = "the video", "mov"
+    else:
+        name, container = str(video), _CONTAINERS.get(Path(video).suffix.lower())
+        if container is None:
+            raise ValueError(f"{name}: not a video file by its name; accepted are {', '.join(_CONTAINERS)}")
+        if not Path(video).is_file():
+            raise FileNotFoundError(2, "no such video file (only local regular files are read)", name)
+    with io.BytesIO(video) if isinstance(video, bytes) else Path(video).open("rb") as file:
         try:
             with av.open(file, format=container) as stream:
                 if not stream.streams.video:
@@ -122,8 +118,6 @@ def read_image(path: str | Path, size_hw: tuple[int, int]) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(2, "no such image file", str(path))
-    if path.stat().st_size > _IMAGE_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size >> 20} MiB is more than an image here may have (128 MiB)")
     data = np.frombuffer(path.read_bytes(), np.uint8)
     image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     if image is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from vgr.data.video import Clip
 from vgr.seeding import numpy_generator
@@ -20,7 +21,6 @@ _COLOURS = {"red": (0.80, 0.22, 0.18), "green": (0.25, 0.62, 0.28), "blue": (0.2
             "orange": (0.88, 0.50, 0.16), "teal": (0.18, 0.60, 0.60)}
 _SINES = 5
 _LIGHT = np.array([0.449, -0.798, 0.402], dtype=np.float32)
-_COUNTS = ("no", "one", "two", "three", "four", "five")
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,21 @@ class Scene:
     def __init__(self, rng: np.random.Generator) -> None:
         self.half = np.array([rng.uniform(3, 5), rng.uniform(1.4, 2.2), rng.uniform(3, 5)], dtype=np.float32)
         self.centre = np.array([0.0, -self.half[1], 0.0], dtype=np.float32)
-        names = list(_COLOURS)
-        self.colour = str(rng.choice(names))
-        self.things = [self._thing(rng, i, names) for i in range(int(rng.integers(3, 6)))]
+        self.colour = str(rng.choice(list(_COLOURS)))
+        self.things = [self._thing(rng, i) for i in range(int(rng.integers(3, 6)))]
         count = 1 + len(self.things)
         # Wavelengths of 0.5 to 2.5 m for walls and a third of that for things: none is finer than a pixel
         # seen from a few metres.
-        scale = np.array([1.0] + [0.35] * (count - 1))[:, None, None]
-        self._waves = rng.normal(size=(count, _SINES, 3))
-        self._waves /= np.linalg.norm(self._waves, axis=-1, keepdims=True)
-        self._waves *= 2 * np.pi / (rng.uniform(0.5, 2.5, (count, _SINES, 1)) * scale)
-        self._phases = rng.uniform(0, 2 * np.pi, (count, _SINES))
-        self._tints = rng.normal(scale=0.02, size=(count, _SINES, 3)) + rng.normal(scale=0.08, size=(count, _SINES, 1))
-        self._base = 0.8 * np.array([_COLOURS[self.colour], *(_COLOURS[t.colour] for t in self.things)])
-        self._waves, self._phases, self._tints, self._base = (
-            x.astype(np.float32) for x in (self._waves, self._phases, self._tints, self._base)
-        )
+        scale = np.array([1.0] + [0.35] * len(self.things))[:, None, None]
+        waves = rng.normal(size=(count, _SINES, 3))
+        waves /= np.linalg.norm(waves, axis=-1, keepdims=True)
+        waves *= 2 * np.pi / (rng.uniform(0.5, 2.5, (count, _SINES, 1)) * scale)
+        phases = rng.uniform(0, 2 * np.pi, (count, _SINES))
+        tints = rng.normal(scale=0.02, size=(count, _SINES, 3)) + rng.normal(scale=0.08, size=(count, _SINES, 1))
+        base = 0.8 * np.array([_COLOURS[self.colour], *(_COLOURS[t.colour] for t in self.things)])
+        self._textures = [x.astype(np.float32) for x in (waves, phases, tints, base)]
 
-    def _thing(self, rng: np.random.Generator, index: int, names: list[str]) -> Thing:
+    def _thing(self, rng: np.random.Generator, index: int) -> Thing:
         shape = str(rng.choice(["box", "sphere"]))
         size = rng.uniform(0.25, 0.6)
         half = np.full(3, size) if shape == "sphere" else size * rng.uniform(0.6, 1.4, 3)
@@ -78,63 +75,51 @@ class Scene:
         centre = np.array([away * np.cos(angle), -height, away * np.sin(angle)])
         moving = index < 2  # every room has two things that move, along the circle, so never to the middle
         swing = np.array([-np.sin(angle), 0.0, np.cos(angle)]) * (rng.uniform(0.4, 1.0) if moving else 0.0)
-        return Thing(shape, str(rng.choice(names)), half, centre, swing, rng.uniform(0.15, 0.4), rng.uniform(0, 6.28))
+        colour = str(rng.choice(list(_COLOURS)))
+        return Thing(shape, colour, half, centre, swing, rng.uniform(0.15, 0.4), rng.uniform(0, 6.28))
 
     def caption(self) -> str:
-        """What the room holds: "a teal room with two red spheres and a blue box"."""
-        counts: dict[str, int] = {}
-        for thing in self.things:
-            name = f"{thing.colour} {thing.shape}"
-            counts[name] = counts.get(name, 0) + 1
-        words = [f"{'an' if n[0] in 'aeiou' else 'a'} {n}" if c == 1 else
-                 f"{_COUNTS[c]} {n}{'es' if n.endswith('box') else 's'}" for n, c in sorted(counts.items())]
-        listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} room with {listed}"
+        """What the room holds: "teal room with blue box, red sphere, red sphere"."""
+        return f"{self.colour} room with {', '.join(sorted(f'{t.colour} {t.shape}' for t in self.things))}"
 
     def cast(self, origin_3: np.ndarray, rays_N3: np.ndarray, time_s: float) -> tuple[np.ndarray, np.ndarray]:
         """What rays from a point in the room hit: distances in lengths of the rays (N,) and colours (N,3) 0 to 1."""
         origin_3, rays_N3 = origin_3.astype(np.float32), rays_N3.astype(np.float32)
         rays_N3 = np.where(np.abs(rays_N3) < 1e-9, np.float32(1e-9), rays_N3)
-        best_N, index_N = _leave_box(origin_3 - self.centre, rays_N3, self.half), np.zeros(len(rays_N3), np.uint8)
-        middles = [self.centre, *(t.at(time_s).astype(np.float32) for t in self.things)]
-        for i, thing in enumerate(self.things, 1):
-            hit = _enter_sphere if thing.shape == "sphere" else _enter_box
-            t_N = hit(origin_3 - middles[i], rays_N3, thing.half)
-            nearer = t_N < best_N
-            best_N, index_N = np.where(nearer, t_N, best_N), np.where(nearer, np.uint8(i), index_N)
+        solids = [("room", self.centre, self.half)]
+        solids += [(t.shape, t.at(time_s).astype(np.float32), t.half) for t in self.things]
+        distance_SN = np.stack([_HIT[shape](origin_3 - middle, rays_N3, half) for shape, middle, half in solids])
+        nearest_N, index_N = distance_SN.min(axis=0), distance_SN.argmin(axis=0)
+        waves, phases, tints, base = self._textures
         colour_N3 = np.empty_like(rays_N3)
-        for i in np.unique(index_N):
+        for i, (shape, middle, half) in enumerate(solids):
             mine = index_N == i
-            point = origin_3 - middles[i] + best_N[mine, None] * rays_N3[mine]
-            colour = self._base[i] + np.sin(point @ self._waves[i].T + self._phases[i]) @ self._tints[i]
-            half = self.half if i == 0 else self.things[i - 1].half
-            if i and self.things[i - 1].shape == "sphere":
+            point = origin_3 - middle + nearest_N[mine, None] * rays_N3[mine]
+            colour = base[i] + np.sin(point @ waves[i].T + phases[i]) @ tints[i]
+            if shape == "sphere":
                 normal = point / half
             else:  # the face on which the point lies is the one it is relatively nearest to; the room's look inward
                 axis = np.abs(point / half).argmax(axis=1)
-                normal = np.eye(3, dtype=np.float32)[axis] * np.sign(point) * (1 if i else -1)
+                normal = np.eye(3, dtype=np.float32)[axis] * np.sign(point) * (-1 if shape == "room" else 1)
             colour_N3[mine] = colour * (0.75 + 0.25 * (normal @ _LIGHT))[:, None]
-        return best_N, np.clip(colour_N3, 0, 1)
+        return nearest_N, np.clip(colour_N3, 0, 1)
 
-    def render(self, c2w_44: np.ndarray, intrinsics_4: np.ndarray, time_s: float,
-               size_hw: tuple[int, int]) -> np.ndarray:
+    def render(self, c2w_44: np.ndarray, k_4: np.ndarray, time_s: float, size_hw: tuple[int, int]) -> np.ndarray:
         """Image (H,W,3) uint8 at a time in seconds, 2x2 samples a pixel averaged."""
         height, width = size_hw
-        _, fine = self._view(c2w_44, intrinsics_4, time_s, 2 * height, 2 * width)
+        _, fine = self._view(c2w_44, k_4, time_s, (2 * height, 2 * width))
         image = fine.reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
         return (image * 255).round().astype(np.uint8)
 
-    def depth(self, c2w_44: np.ndarray, intrinsics_4: np.ndarray, time_s: float,
-              size_hw: tuple[int, int]) -> np.ndarray:
+    def depth(self, c2w_44: np.ndarray, k_4: np.ndarray, time_s: float, size_hw: tuple[int, int]) -> np.ndarray:
         """Planar depth (H,W) float32 in metres at pixel centres."""
-        return self._view(c2w_44, intrinsics_4, time_s, *size_hw)[0].reshape(size_hw)
+        return self._view(c2w_44, k_4, time_s, size_hw)[0].reshape(size_hw)
 
-    def _view(self, c2w_44: np.ndarray, intrinsics_4: np.ndarray, time_s: float, height: int,
-              width: int) -> tuple[np.ndarray, np.ndarray]:
-        fx, fy, cx, cy = intrinsics_4
-        u = ((np.arange(width) + 0.5) / width - cx) / fx
-        v = ((np.arange(height) + 0.5) / height - cy) / fy
-        rays = np.stack([*np.meshgrid(u, v), np.ones((height, width))], axis=-1).reshape(-1, 3)
+    def _view(
+        self, c2w_44: np.ndarray, k_4: np.ndarray, time_s: float, size_hw: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        v, u = (((np.arange(n) + 0.5) / n - c) / f for n, c, f in zip(size_hw, k_4[[3, 2]], k_4[[1, 0]]))
+        rays = np.stack([*np.meshgrid(u, v), np.ones(size_hw)], axis=-1).reshape(-1, 3)
         # The rays' third component is 1, so lengths along them are planar depths.
         return self.cast(c2w_44[:3, 3], rays @ c2w_44[:3, :3].T, time_s)
 
@@ -160,6 +145,9 @@ def _enter_sphere(origin_3: np.ndarray, rays_N3: np.ndarray, half_3: np.ndarray)
     return np.where((inside > 0) & (t_N > 1e-6), t_N, np.inf)
 
 
+_HIT = {"room": _leave_box, "box": _enter_box, "sphere": _enter_sphere}
+
+
 def free_flight(rng: np.random.Generator, scene: Scene, frames: int, fps: float) -> np.ndarray:
     """c2w (F,4,4) of a smooth flight with all six degrees of freedom in the free middle of a room."""
     time_F = np.arange(frames) / fps
@@ -171,24 +159,10 @@ def free_flight(rng: np.random.Generator, scene: Scene, frames: int, fps: float)
     yaw = rng.uniform(0, 2 * np.pi) + rng.uniform(-0.5, 0.5) * time_F + wave(0.6)
     pitch, roll = wave(0.35), wave(0.2)
     position_F3 = np.stack([wave(0.9), -scene.half[1] + wave(0.6), wave(0.9)], axis=1)
-    return poses_from_angles(position_F3, yaw, pitch, roll)
-
-
-def poses_from_angles(
-    position_F3: np.ndarray, yaw_F: np.ndarray, pitch_F: np.ndarray, roll_F: np.ndarray
-) -> np.ndarray:
-    """c2w (F,4,4) from radians: yaw to the right about down, pitch up about right, then roll about forward."""
-    one, nil = np.ones_like(yaw_F), np.zeros_like(yaw_F)
-
-    def turn(rows: list[list[np.ndarray]]) -> np.ndarray:
-        return np.moveaxis(np.array(rows), -1, 0)
-
-    (cy, sy), (cp, sp), (cr, sr) = ((np.cos(a), np.sin(a)) for a in (yaw_F, pitch_F, roll_F))
-    yaw = turn([[cy, nil, sy], [nil, one, nil], [-sy, nil, cy]])
-    pitch = turn([[one, nil, nil], [nil, cp, -sp], [nil, sp, cp]])
-    roll = turn([[cr, -sr, nil], [sr, cr, nil], [nil, nil, one]])
-    pose = np.tile(np.eye(4), (len(yaw_F), 1, 1))
-    pose[:, :3, :3], pose[:, :3, 3] = yaw @ pitch @ roll, position_F3
+    pose = np.tile(np.eye(4), (frames, 1, 1))
+    # Yaw to the right about down, pitch up about right, then roll about forward.
+    pose[:, :3, :3] = Rotation.from_euler("YXZ", np.stack([yaw, pitch, roll], axis=1)).as_matrix()
+    pose[:, :3, 3] = position_F3
     return pose
 
 

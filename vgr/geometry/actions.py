@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 #: axis order of a velocity: forward, right, yaw (right), pitch (up)
 _FORWARD, _RIGHT, _YAW, _PITCH = range(4)
+_FPS = 16.0
 
 
-@dataclass(frozen=True)
-class Dialect:
+class Dialect(NamedTuple):
     """keys: letter -> (axis, sign); units a frame, degrees a frame and degrees; time constants in seconds."""
 
     keys: dict[str, tuple[int, int]]
@@ -35,7 +37,6 @@ class Dialect:
     pitch_limit_deg: float
     tau_press: float | None
     tau_coast: float | None
-    fps: float = 16.0
 
 
 _SHARED = {"w": (_FORWARD, 1), "s": (_FORWARD, -1), "i": (_PITCH, 1), "k": (_PITCH, -1)}
@@ -56,61 +57,49 @@ def parse(text: str) -> list[tuple[frozenset[str], int]]:
 
     ValueError names what could not be read, the segment's number (from 1) and the character's index (from 0).
     """
-    if not isinstance(text, str) or not text.strip():
+    if not text.strip():
         raise ValueError(f"action string is empty ({text!r}); write segments like 'w-30,wd-20,none-10'")
     segments, start = [], 0
-    for number, segment in enumerate(text.split(","), start=1):
-        segments.append(_parse_segment(segment, number, start, text))
+    for number, segment in enumerate(text.lower().split(","), start=1):
+        if fault := _fault(segment):
+            place = f"segment {number}, character {start + fault[0]}"
+            raise ValueError(f"action string {text!r}: {place}: {fault[1]}")
+        keys, _, frames = segment.partition("-")
+        held = "".join(keys.split())
+        segments.append((frozenset() if held == "none" else frozenset(held), int(frames)))
         start += len(segment) + 1
     return segments
 
 
-def _parse_segment(segment: str, number: int, start: int, text: str) -> tuple[frozenset[str], int]:
-    def refuse(what: str, index: int, hint: str) -> ValueError:
-        return ValueError(f"action string {text!r}: segment {number}, character {index}: {what}; {hint}")
-
+def _fault(segment: str) -> tuple[int, str] | None:
+    """What cannot be read in a segment, and the index of its character."""
+    keys, dash, frames = segment.partition("-")
     if not segment.strip():
-        raise refuse("empty segment", start, "put 'keys-frames' between commas and none at the end")
-    keys_part, dash, frames_part = segment.partition("-")
+        return 0, "empty segment; put 'keys-frames' between commas and none at the end"
     if not dash:
-        raise refuse(f"{segment.strip()!r} has no '-'", start + len(segment), "write 'keys-frames', for example 'w-30'")
-    frames_at = start + len(keys_part) + 1
-    if not re.fullmatch(r"[0-9]{1,6}", frames_part.strip()) or int(frames_part) < 1:
-        what = f"frames {frames_part.strip()!r} is not a whole number from 1 to 999999"
-        raise refuse(what, frames_at, "for example 'w-30'")
-    keys: set[str] = set()
-    letters = [(i, c.lower()) for i, c in enumerate(keys_part, start) if not c.isspace()]
-    if not letters:
-        raise refuse("no keys before '-'", start, "write 'none-10' to hold still for 10 frames")
-    if "".join(c for _, c in letters) != "none":
-        for index, letter in letters:
-            if letter not in "wsadijkl":
-                raise refuse(f"unknown key {letter!r}", index, "keys are w s a d i j k l, or the word none")
-            if letter in keys:
-                raise refuse(f"key {letter!r} is given twice", index, "name each key once a segment")
-            keys.add(letter)
-    return frozenset(keys), int(frames_part)
-
-
-def _yaw(angle: float) -> NDArray[np.float64]:
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[c, 0.0, s], [0.0, 1.0, 0.0], [-s, 0.0, c]])
-
-
-def _pitch(angle: float) -> NDArray[np.float64]:
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
+        return len(segment), f"{segment.strip()!r} has no '-'; write 'keys-frames', for example 'w-30'"
+    if not re.fullmatch(r"[0-9]{1,6}", frames.strip()) or int(frames) < 1:
+        return len(keys) + 1, f"frames {frames.strip()!r} is not a whole number from 1 to 999999; for example 'w-30'"
+    if not keys.strip():
+        return 0, "no keys before '-'; write 'none-10' to hold still for 10 frames"
+    if "".join(keys.split()) != "none":
+        for i, letter in enumerate(keys):
+            if not letter.isspace() and letter not in "wsadijkl":
+                return i, f"unknown key {letter!r}; keys are w s a d i j k l, or the word none"
+            if not letter.isspace() and letter in keys[:i]:
+                return i, f"key {letter!r} is given twice; name each key once a segment"
+    return None
 
 
 def _velocities(held: list[frozenset[str]], dialect: Dialect, strafe_yaw: float) -> NDArray[np.float64]:
-    """(F,4) units and radians a frame, smoothed exponentially where the dialect says so.
+    """(1 + len(held), 4) units and radians a frame, the first row zero; smoothed where the dialect says so.
 
     A frame with a key the frame before did not hold takes its target at once, on every axis; otherwise each
     axis closes in on its target, with tau_press where the target is not zero and tau_coast where it is.
     """
     turn = math.radians(dialect.rotation_deg)
     unit = np.array([dialect.translation, dialect.translation, turn, turn])
-    velocity, before, rows = np.zeros(4), frozenset(), []
+    before, rows = frozenset(), [np.zeros(4)]
     for keys in held:
         target = np.zeros(4)
         for key in keys:
@@ -119,24 +108,26 @@ def _velocities(held: list[frozenset[str]], dialect: Dialect, strafe_yaw: float)
         target[_YAW] += strafe_yaw * target[_RIGHT]
         target *= unit
         if dialect.tau_press is None or keys - before:
-            velocity = target
+            rows.append(target)
         else:
             tau = np.where(target != 0, dialect.tau_press, dialect.tau_coast)
-            velocity = target + np.exp(-1 / (dialect.fps * tau)) * (velocity - target)
+            rows.append(target + np.exp(-1 / (_FPS * tau)) * (rows[-1] - target))
         before = keys
-        rows.append(velocity)
     return np.array(rows)
 
 
-def roll_out(
-    text: str, dialect: str = "sana-wm-2", frames: int | None = None, strafe_yaw: float = 0.0
-) -> NDArray[np.float64]:
-    """Camera-to-world (F,4,4) float64 of an action string, OpenCV axes, the first pose the identity.
+def from_actions(
+    text: str, dialect: str = "sana-wm-2", frames: int | None = None, *, strafe_yaw: float = 0.0
+) -> Tensor:
+    """Camera-to-world (F,4,4) float64 of an action string such as "w-100,dw-60,none-20", the first the identity.
 
     A string of n frames gives n + 1 poses. With `frames`, that many poses: a longer string is cut, a shorter
-    one goes on with no key held (in `sana-wm-2` the camera coasts to a stop). Each frame
-    R <- R_y(yaw) R R_x(pitch), then a move along the new forward and right axes flattened to the horizontal.
+    one goes on with no key held (in `sana-wm-2` the camera coasts to a stop). Each frame turns R <- R_y(yaw) R
+    R_x(pitch), then moves along the new forward and right axes flattened to the horizontal. ValueError names
+    what it cannot read, the segment and the character.
     """
+    from scipy.spatial.transform import Rotation
+
     if dialect not in DIALECTS:
         raise ValueError(f"unknown action dialect {dialect!r}; known: {', '.join(DIALECTS)}")
     if frames is not None and frames < 1:
@@ -145,19 +136,17 @@ def roll_out(
     held = [keys for keys, count in parse(text) for _ in range(count)]
     if frames is not None:
         held = (held + [frozenset()] * (frames - 1))[: frames - 1]
-    limit = math.radians(rules.pitch_limit_deg)
-    rotation, centre, pitch = np.eye(3), np.zeros(3), 0.0
-    poses = [np.eye(4)]
-    for velocity in _velocities(held, rules, strafe_yaw):
-        wanted = pitch + velocity[_PITCH]
-        if abs(wanted) > limit:
-            wanted = math.copysign(limit, wanted) if rules.tau_press is not None else pitch
-        rotation = _yaw(velocity[_YAW]) @ rotation @ _pitch(wanted - pitch)
-        pitch = wanted
-        for axis, speed in ((2, velocity[_FORWARD]), (0, velocity[_RIGHT])):
-            flat = rotation[:, axis] * (1.0, 0.0, 1.0)
-            centre = centre + speed * flat / np.linalg.norm(flat)  # never zero: pitch stays below 90 degrees
-        pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = rotation, centre
-        poses.append(pose)
-    return np.stack(poses)
+    velocity_F4 = _velocities(held, rules, strafe_yaw)
+    limit, pitch_F = math.radians(rules.pitch_limit_deg), [0.0]
+    for step in velocity_F4[1:, _PITCH]:
+        pitch = pitch_F[-1] + step
+        if abs(pitch) > limit:
+            pitch = math.copysign(limit, pitch) if rules.tau_press is not None else pitch_F[-1]
+        pitch_F.append(pitch)
+    yaw_F = velocity_F4[:, _YAW].cumsum()
+    forward = np.stack([np.sin(yaw_F), 0 * yaw_F, np.cos(yaw_F)], axis=1)
+    right = np.stack([np.cos(yaw_F), 0 * yaw_F, -np.sin(yaw_F)], axis=1)
+    c2w = np.tile(np.eye(4), (len(yaw_F), 1, 1))
+    c2w[:, :3, :3] = Rotation.from_euler("YX", np.stack([yaw_F, pitch_F], axis=1)).as_matrix()
+    c2w[:, :3, 3] = (velocity_F4[:, [_FORWARD]] * forward + velocity_F4[:, [_RIGHT]] * right).cumsum(0)
+    return torch.from_numpy(c2w)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
 
 Array = NDArray[np.float64]
 
@@ -27,13 +28,6 @@ def path_rank(centres_F3: ArrayLike) -> int:
     return int((extents > FLAT_SHARE * extents[0]).sum())
 
 
-def _nearest_rotation(matrix_33: Array) -> Array:
-    """The rotation R that maximises trace(R^T M); the determinant guard keeps it from being a reflection."""
-    u, _, vt = np.linalg.svd(matrix_33)
-    guard = np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
-    return u @ guard @ vt
-
-
 def umeyama(src_F3: ArrayLike, dst_F3: ArrayLike, with_scale: bool = True) -> tuple[float, Array, Array]:
     """Scale s, rotation R (3,3) and translation t (3,) that minimise sum |dst - (s R src + t)|^2 (Umeyama 1991).
 
@@ -45,7 +39,8 @@ def umeyama(src_F3: ArrayLike, dst_F3: ArrayLike, with_scale: bool = True) -> tu
         raise ValueError(f"umeyama takes two arrays of one shape (F, 3), F >= 1; got {src.shape}, {dst.shape}")
     mean_src, mean_dst = src.mean(0), dst.mean(0)
     a, b = src - mean_src, dst - mean_dst
-    rotation = _nearest_rotation(b.T @ a)
+    u, _, vt = np.linalg.svd(b.T @ a)
+    rotation = u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt  # never a reflection
     spread = float((a * a).sum())
     scale = float((b * (a @ rotation.T)).sum()) / spread if with_scale and spread > 0 else 1.0
     return scale, rotation, mean_dst - scale * rotation @ mean_src
@@ -56,5 +51,4 @@ def rotation_mean(src_R: ArrayLike, dst_R: ArrayLike) -> Array:
 
     Defined on straight and rotation-only paths too, since it looks at orientations, not centres.
     """
-    src, dst = np.asarray(src_R, dtype=np.float64), np.asarray(dst_R, dtype=np.float64)
-    return _nearest_rotation(np.einsum("fij,fkj->ik", dst, src))
+    return (Rotation.from_matrix(dst_R) * Rotation.from_matrix(src_R).inv()).mean().as_matrix()

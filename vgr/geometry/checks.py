@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vgr.geometry.cameras import fov_deg, so3_log
+from vgr.geometry.cameras import fov_deg, turn_deg
 from vgr.types import Cameras
 
 FOV_DEG = (25.0, 120.0)  # both axes: refused beyond (4.1), never trained on (8)
@@ -85,7 +85,7 @@ def _warnings(c2w: Tensor, k: Tensor, fps: float, size_hw: tuple[int, int]) -> l
     if c2w.shape[1] < 2:
         return found
     metres = c2w[..., :3, 3].diff(dim=1).norm(dim=-1)
-    turn = torch.rad2deg(so3_log(c2w[:, :-1, :3, :3].mT @ c2w[:, 1:, :3, :3]).norm(dim=-1))
+    turn = turn_deg(c2w[:, :-1, :3, :3].mT @ c2w[:, 1:, :3, :3])
     for what, unit, speed, limit in (
         ("translation", "m/s", metres * fps, METRES_PER_S),
         ("rotation", "degrees/s", turn * fps, DEGREES_PER_S),

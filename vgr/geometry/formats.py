@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from vgr.geometry.cameras import invert, so3_log
+from vgr.geometry.cameras import invert
 from vgr.types import Cameras
 
 Array = NDArray[np.float64]
@@ -90,11 +91,9 @@ def write_cameras(path: str | Path, cameras: Cameras, fps: float, format: str = 
     elif format == "kitti":
         np.savetxt(path, c2w[:, :3].flatten(1).numpy(), fmt="%.17g")
     elif format == "tum":
-        w = so3_log(c2w[:, :3, :3])
-        half = w.norm(dim=-1, keepdim=True) / 2
-        seconds = torch.arange(len(c2w), dtype=torch.float64)[:, None] / fps
-        rows = [seconds, c2w[:, :3, 3], w / 2 * torch.sinc(half / math.pi), half.cos()]
-        np.savetxt(path, torch.cat(rows, dim=-1).numpy(), fmt="%.17g")
+        quaternions = Rotation.from_matrix(c2w[:, :3, :3].numpy()).as_quat(canonical=True)
+        rows = [np.arange(len(c2w))[:, None] / fps, c2w[:, :3, 3].numpy(), quaternions]
+        np.savetxt(path, np.concatenate(rows, axis=-1), fmt="%.17g")
     else:
         raise ValueError(f"cannot write camera format {format!r}; it can be vgr, kitti or tum")
 

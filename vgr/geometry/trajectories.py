@@ -26,8 +26,10 @@ import math
 import torch
 from torch import Tensor
 
-from vgr.geometry import actions
-from vgr.geometry.cameras import from_fov, so3_exp
+from vgr.geometry.actions import from_actions
+from vgr.geometry.cameras import so3_exp
+
+__all__ = ["NAMES", "from_actions", "named_cameras"]
 
 #: what each path takes, with defaults; see the module's table
 _DEFAULTS: dict[str, dict[str, float]] = {
@@ -67,26 +69,29 @@ def _settings(name: str, given: dict[str, float | None]) -> dict[str, float]:
         if not math.isfinite(value):
             raise ValueError(f"{key} of path {name!r} must be a finite number; got {value}")
         settings[key] = float(value)
-    looks = name in ("orbit", "spiral", "figure_eight", "dolly_zoom")
-    if looks and settings["distance"] <= 0:
+    if name in ("orbit", "spiral", "figure_eight", "dolly_zoom") and settings["distance"] <= 0:
         raise ValueError(f"distance of path {name!r} must be > 0, its target is ahead; got {settings['distance']}")
     if name in ("figure_eight", "closed_loop") and settings["turns"] != round(settings["turns"]):
         raise ValueError(f"turns of path {name!r} must be whole, it closes; got {settings['turns']}")
-    if name == "orbit" and math.isfinite(settings["turns"]):
+    if name == "orbit" and given["turns"] is not None:
         if given["angle_deg"] is not None:
             raise ValueError("path 'orbit' takes angle_deg or turns, not both; drop one")
         settings["angle_deg"] = 360.0 * settings["turns"]
     return settings
 
 
-def _progress(u: Tensor, ease: bool) -> Tensor:
-    """Share of the path covered at share u of the time: smoothstep, whose speed is zero at both ends."""
-    return u * u * (3 - 2 * u) if ease else u
-
-
-def _vectors(x: Tensor | float, y: Tensor | float, z: Tensor | float, like: Tensor) -> Tensor:
-    """(F,3) from three (F,) or numbers."""
-    return torch.stack([torch.as_tensor(v, dtype=like.dtype).expand_as(like) for v in (x, y, z)], dim=-1)
+def _time_shares(name: str, frames: int, fps: float, angle_deg: float) -> Tensor:
+    """Share (F,) of its time that a path has spent at each frame."""
+    index, last = torch.arange(frames, dtype=torch.float64), max(frames - 1, 1)
+    if name == "palindrome":
+        # Distance from the nearer end, so that frames i and F-1-i are the same numbers.
+        return torch.minimum(index, last - index).clamp(min=0) / max(last // 2, 1)
+    if name == "whip" and frames > 1:
+        share = min(1.0, max(abs(angle_deg), 1e-6) / _WHIP_DEG_PER_S * fps / last)
+        # Between two frames, so that a turn shorter than a frame is one step and not two halves.
+        middle = (frames // 2 - 0.5) / last if share <= 1 - 1 / last else 0.5
+        return ((index / last - middle) / share + 0.5).clamp(0, 1)
+    return index / last
 
 
 def _look_at(centres_F3: Tensor, target_3: Tensor) -> Tensor:
@@ -103,38 +108,31 @@ def _curve(name: str, s: Tensor, p: dict[str, float]) -> tuple[Tensor, Tensor]:
     # Wrapping the phase makes a closed path return to its first pose to the last bit.
     turns = p.get("turns", 0.0) * s
     phase = 2 * math.pi * (turns - turns.floor())
-    zero, target = _vectors(0.0, 0.0, 0.0, s), torch.tensor([0.0, 0.0, d], dtype=s.dtype)
-    still = so3_exp(zero)
-    if name in ("dolly", "dolly_zoom"):
-        return _vectors(0.0, 0.0, d * s if name == "dolly" else _CLOSING_SHARE * d * s, s), still
-    if name == "truck":
-        return _vectors(d * s, 0.0, 0.0, s), still
-    if name == "pedestal":
-        return _vectors(0.0, -d * s, 0.0, s), still
-    if name in ("pan", "whip"):
-        return zero, so3_exp(_vectors(0.0, turn, 0.0, s))
-    if name == "tilt":
-        return zero, so3_exp(_vectors(turn, 0.0, 0.0, s))
-    if name == "roll":
-        return zero, so3_exp(_vectors(0.0, 0.0, turn, s))
-    if name == "palindrome":
-        return _vectors(0.0, 0.0, d * s, s), so3_exp(_vectors(0.0, turn, 0.0, s))
-    if name == "orbit":
-        return (
-            _vectors(d * turn.sin(), 0.0, d * (1 - turn.cos()), s), so3_exp(_vectors(0.0, -turn, 0.0, s))
-        )  # fmt: skip
-    if name == "closed_loop":
-        return (
-            _vectors(d * (1 - phase.cos()), 0.0, d * phase.sin(), s), so3_exp(_vectors(0.0, phase, 0.0, s))
-        )  # fmt: skip
-    if name == "spiral":
-        radius = 0.2 * d * s
-        centres = _vectors(radius * phase.sin(), -radius * phase.cos(), 0.3 * d * s, s)
-        return centres, _look_at(centres, target)
-    if name == "figure_eight":
-        centres = _vectors(0.35 * d * phase.sin(), 0.0, 0.3 * d * phase.sin() * phase.cos(), s)
-        return centres, _look_at(centres, target)
-    return zero, still
+    o, radius = torch.zeros_like(s), 0.2 * d * s
+    centres = {
+        "dolly": (o, o, d * s),
+        "dolly_zoom": (o, o, _CLOSING_SHARE * d * s),
+        "truck": (d * s, o, o),
+        "pedestal": (o, -d * s, o),
+        "palindrome": (o, o, d * s),
+        "orbit": (d * turn.sin(), o, d * (1 - turn.cos())),
+        "closed_loop": (d * (1 - phase.cos()), o, d * phase.sin()),
+        "spiral": (radius * phase.sin(), -radius * phase.cos(), 0.3 * d * s),
+        "figure_eight": (0.35 * d * phase.sin(), o, 0.3 * d * phase.sin() * phase.cos()),
+    }
+    rotations = {
+        "pan": (o, turn, o),
+        "whip": (o, turn, o),
+        "tilt": (turn, o, o),
+        "roll": (o, o, turn),
+        "palindrome": (o, turn, o),
+        "orbit": (o, -turn, o),
+        "closed_loop": (o, phase, o),
+    }
+    centres_F3 = torch.stack(centres.get(name, (o, o, o)), dim=-1)
+    if name in ("spiral", "figure_eight"):
+        return centres_F3, _look_at(centres_F3, torch.tensor([0.0, 0.0, d], dtype=s.dtype))
+    return centres_F3, so3_exp(torch.stack(rotations.get(name, (o, o, o)), dim=-1))
 
 
 def named_cameras(
@@ -156,41 +154,17 @@ def named_cameras(
     stays. ValueError for an unknown name (with the closest), an amplitude the path does not take, a bad count.
     """
     p = _settings(name, {"distance": distance, "angle_deg": angle_deg, "turns": turns})
-    if int(frames) != frames or frames < 1 or not fps > 0:
+    if frames < 1 or not fps > 0:
         raise ValueError(f"frames must be a whole number >= 1 and fps > 0; got frames={frames}, fps={fps}")
-    frames = int(frames)
-    k = from_fov(60.0, 4 / 3, torch.float64) if intrinsics is None else torch.as_tensor(intrinsics).double()
+    fx = 0.5 / math.tan(math.radians(30))
+    k = torch.as_tensor([fx, fx * 4 / 3, 0.5, 0.5] if intrinsics is None else intrinsics, dtype=torch.float64)
     if k.shape not in ((4,), (frames, 4)):
         raise ValueError(f"intrinsics must have shape (4,) or ({frames}, 4); got {tuple(k.shape)}")
-    index = torch.arange(frames, dtype=torch.float64)
-    last = max(frames - 1, 1)
-    if name == "palindrome":
-        # Distance from the nearer end, so that frames i and F-1-i are the same numbers.
-        u = torch.minimum(index, last - index).clamp(min=0) / max(last // 2, 1)
-    elif name == "whip":
-        share = min(1.0, max(abs(p["angle_deg"]), 1e-6) / _WHIP_DEG_PER_S * fps / last)
-        # Between two frames, so that a turn shorter than a frame is one step and not two halves.
-        middle = (frames // 2 - 0.5) / last if share <= 1 - 1 / last else 0.5
-        u = ((index / last - middle) / share + 0.5).clamp(0, 1) if frames > 1 else index
-    else:
-        u = index / last
-    s = _progress(u, ease)
-    centres, rotations = _curve(name, s, p)
+    u = _time_shares(name, frames, fps, p.get("angle_deg", 0.0))
+    s = u * u * (3 - 2 * u) if ease else u  # smoothstep: its speed is zero at both ends
     c2w = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
-    c2w[:, :3, :3], c2w[:, :3, 3] = rotations, centres
+    c2w[:, :3, 3], c2w[:, :3, :3] = _curve(name, s, p)
     k = k.expand(frames, 4).clone()
     if name == "dolly_zoom":
         k[:, :2] *= (1 - _CLOSING_SHARE * s)[:, None]
     return c2w, k
-
-
-def from_actions(
-    text: str, dialect: str = "sana-wm-2", frames: int | None = None, *, strafe_yaw: float = 0.0
-) -> Tensor:
-    """Camera-to-world (F,4,4) float64 of an action string such as "w-100,dw-60,none-20"; see `actions`.
-
-    n frames of actions give F = n + 1 poses; `frames` cuts or extends (no key held) to that many poses.
-    dialect: "sana-wm-2", or "sana-wm-1" for strings of the first release. ValueError names what it cannot
-    read, the segment and the character.
-    """
-    return torch.from_numpy(actions.roll_out(text, dialect, frames, strafe_yaw))

@@ -1,47 +1,40 @@
 """Camera-pose accuracy between an estimated and a reference path (specs/benchmarks 4), NumPy float64.
 
 Poses are camera-to-world, OpenCV axes. Frames an estimator could not register are rows of NaN; every number
-says in `coverage` how many frames it rests on. For video too small for structure from motion use
-`flow_rotation` and `flow_pose_score` (vgr.metrics.egomotion), which this module hands on.
+says in `coverage` how many frames it rests on. For video too small for structure from motion see
+vgr.metrics.egomotion.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
 
 from vgr.geometry.alignment import path_rank, rotation_mean, umeyama
-from vgr.metrics.egomotion import flow_pose_score, flow_rotation
-
-__all__ = ["flow_pose_score", "flow_rotation", "pose_errors", "rotation_angle", "trajectory_errors"]
 
 ALIGNMENTS = ("none", "first_frame", "se3", "sim3", "rotation_mean")
+CENTRES_ONLY = ("se3", "sim3")
 SCALES = ("least_squares", "median_ratio", "max_norm", "none")
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 _NAN = float("nan")
 _STILL = 1e-3  # a reference whose every centre lies this close to its first does not move (metres)
 
 
-def rotation_angle(R_33: ArrayLike) -> Array:
-    """Angles (..), radians in [0, pi], of rotation matrices (..,3,3): atan2(|skew part|, trace - 1).
+def _angles(poses_F44: Array) -> Array:
+    """Rotation angles (F,), radians in [0, pi]."""
+    return Rotation.from_matrix(poses_F44[:, :3, :3]).magnitude()
 
-    Unlike the arc cosine of the trace it keeps its precision for small angles.
+
+def _start(
+    estimated: ArrayLike, reference: ArrayLike, align: str, keys: tuple[str, ...]
+) -> tuple[Array, Array, Mask, Mask, dict[str, float | bool]]:
+    """Both paths as float64, the frames the reference has, those both have, and a result without numbers yet.
+
+    ValueError for shapes, an unknown alignment and for what is no rotation.
     """
-    R = np.asarray(R_33, dtype=np.float64)
-    skew = [R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]]
-    return np.arctan2(np.linalg.norm(np.stack(skew), axis=0), np.trace(R, axis1=-2, axis2=-1) - 1)
-
-
-def _inverse(pose_44: Array) -> Array:
-    inverse = np.array(pose_44)
-    inverse[..., :3, :3] = pose_44[..., :3, :3].swapaxes(-1, -2)
-    inverse[..., :3, 3:] = -inverse[..., :3, :3] @ pose_44[..., :3, 3:]
-    return inverse
-
-
-def _checked(estimated: ArrayLike, reference: ArrayLike, align: str) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Both paths as float64 and which frames both have. ValueError for shapes and for what is no rotation."""
     est, ref = np.asarray(estimated, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if est.shape != ref.shape or est.ndim != 3 or est.shape[1:] != (4, 4) or len(est) == 0:
         raise ValueError(
@@ -49,14 +42,18 @@ def _checked(estimated: ArrayLike, reference: ArrayLike, align: str) -> tuple[Ar
         )
     if align not in ALIGNMENTS:
         raise ValueError(f"unknown align {align!r}; known: {', '.join(ALIGNMENTS)}")
-    both = np.isfinite(est).all((1, 2)) & np.isfinite(ref).all((1, 2))
+    expected = np.isfinite(ref).all((1, 2))
+    both = expected & np.isfinite(est).all((1, 2))
     for name, path in (("estimated_c2w", est), ("reference_c2w", ref)):
         R = path[both, :3, :3]
-        off = np.abs(R @ R.swapaxes(-1, -2) - np.eye(3)).max((1, 2)) if both.any() else np.zeros(1)
-        if off.max() > 1e-2 or (np.linalg.det(R) < 0).any():
-            frame = int(np.flatnonzero(both)[np.argmax(np.where(np.linalg.det(R) < 0, np.inf, off))])
+        bad = (np.abs(R @ R.swapaxes(-1, -2) - np.eye(3)) > 1e-2).any((1, 2)) | (np.linalg.det(R) < 0)
+        if bad.any():
+            frame = np.flatnonzero(both)[bad.argmax()]
             raise ValueError(f"{name} frame {frame} is no rigid pose: its 3x3 part is not a rotation")
-    return est, ref, both
+    result: dict[str, float | bool] = dict.fromkeys(keys, _NAN)
+    result["coverage"] = float(both.sum() / max(expected.sum(), 1))
+    result["degenerate"] = _degenerate(est[both], ref[both], align)
+    return est, ref, expected, both, result
 
 
 def _fit_scale(est_F3: Array, ref_F3: Array, scale: str) -> float:
@@ -85,10 +82,10 @@ def _align(est: Array, ref: Array, align: str, scale: str) -> tuple[Array, Array
     the centres about their means; `se3` and `sim3` fit the centres (Umeyama) and ignore `scale`.
     """
     if align != "none":
-        est, ref = _inverse(est[:1]) @ est, _inverse(ref[:1]) @ ref
+        est, ref = np.linalg.inv(est[0]) @ est, np.linalg.inv(ref[0]) @ ref
     est = est.copy()
     R, centres, target = np.eye(3), est[:, :3, 3], ref[:, :3, 3]
-    if align in ("se3", "sim3"):
+    if align in CENTRES_ONLY:
         s, R, t = umeyama(centres, target, with_scale=align == "sim3")
     elif align == "rotation_mean":
         R = rotation_mean(est[:, :3, :3], ref[:, :3, :3])
@@ -103,14 +100,14 @@ def _align(est: Array, ref: Array, align: str, scale: str) -> tuple[Array, Array
 
 
 def _moves(path: Array) -> bool:
-    return len(path) > 1 and bool(np.linalg.norm(path[:, :3, 3] - path[0, :3, 3], axis=1).max() >= _STILL)
+    return bool(np.linalg.norm(path[:, :3, 3] - path[0, :3, 3], axis=1).max() >= _STILL)
 
 
 def _degenerate(est: Array, ref: Array, align: str) -> bool:
     if len(ref) < 2 or path_rank(ref[:, :3, 3]) < 2:
         return True
     spread = np.abs(est[:, :3, 3] - est[0, :3, 3]).max()  # the estimate's unit is its own: judge the shape alone
-    return align in ("se3", "sim3") and (spread < 1e-12 or path_rank(est[:, :3, 3] / spread) < 2)
+    return align in CENTRES_ONLY and (spread < 1e-12 or path_rank(est[:, :3, 3] / spread) < 2)
 
 
 def pose_errors(
@@ -137,48 +134,31 @@ def pose_errors(
     """
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
-    est, ref, both = _checked(estimated_c2w, reference_c2w, align)
-    expected = np.isfinite(ref).all((1, 2))
-    result: dict[str, float | bool] = dict.fromkeys(
-        ("rot_mean_deg", "rot_sum_rad", "trans_mean", "trans_sum", "cammc_mean", "cammc_sum", "scale",
-         "rot_imputed_deg", "trans_imputed", "path_length_ratio", "speed_correlation"), _NAN
-    )  # fmt: skip
-    result["coverage"] = float(both.sum() / max(expected.sum(), 1))
-    result["degenerate"] = _degenerate(est[both], ref[both], align)
-    if both.sum() < 2:
-        if expected.any():
-            turned, gone = _from_first(ref[expected][:1], ref[expected])
-            result |= {"rot_imputed_deg": float(turned.mean()), "trans_imputed": float(gone.mean())}
+    keys = ("rot_mean_deg", "rot_sum_rad", "trans_mean", "trans_sum", "cammc_mean", "cammc_sum", "scale",
+            "rot_imputed_deg", "trans_imputed", "path_length_ratio", "speed_correlation")  # fmt: skip
+    est, ref, expected, both, result = _start(estimated_c2w, reference_c2w, align, keys)
+    if not expected.any():
         return result
-    e, r, s = _align(est[both], ref[both], align, scale)
-    angle = rotation_angle(r[:, :3, :3].swapaxes(-1, -2) @ e[:, :3, :3])
-    distance = np.linalg.norm(r[:, :3, 3] - e[:, :3, 3], axis=1)
-    cammc = np.linalg.norm((r - e)[:, :3], axis=(1, 2))
-    centres_only = align in ("se3", "sim3") and result["degenerate"]
-    no_scale = scale != "none" and not _moves(ref[both]) and _moves(est[both])
-    if centres_only:
-        angle = np.full_like(angle, _NAN)
-    if centres_only or no_scale:
-        distance, cammc, s = np.full_like(distance, _NAN), np.full_like(cammc, _NAN), _NAN
-    turned, gone = _from_first(ref[both][:1], ref[expected & ~both])
-    result |= {
-        "rot_mean_deg": float(np.rad2deg(angle.mean())),
-        "rot_sum_rad": float(angle.sum()),
-        "trans_mean": float(distance.mean()),
-        "trans_sum": float(distance.sum()),
-        "cammc_mean": float(cammc.mean()),
-        "cammc_sum": float(cammc.sum()),
-        "scale": float(s),
-        "rot_imputed_deg": float(np.append(np.rad2deg(angle), turned).mean()),
-        "trans_imputed": float(np.append(distance, gone).mean()),
-    }
-    return result | _speed_profile(est[both, :3, 3], ref[both, :3, 3])
-
-
-def _from_first(first_144: Array, poses_F44: Array) -> tuple[Array, Array]:
-    """Degrees and metres (F,) by which poses differ from the first: the errors of an estimate that never moved."""
-    relative = _inverse(first_144) @ poses_F44
-    return np.rad2deg(rotation_angle(relative[:, :3, :3])), np.linalg.norm(relative[:, :3, 3], axis=1)
+    enough = both.sum() >= 2
+    # The errors of an estimate that never moved, kept where nothing was registered.
+    relative = np.linalg.inv(ref[both if enough else expected][0]) @ ref[expected]
+    turned, gone = _angles(relative), np.linalg.norm(relative[:, :3, 3], axis=1)
+    if enough:
+        e, r, s = _align(est[both], ref[both], align, scale)
+        angle = _angles(np.linalg.inv(r) @ e)
+        distance, cammc = np.linalg.norm((r - e)[:, :3, 3], axis=1), np.linalg.norm((r - e)[:, :3], axis=(1, 2))
+        centres_only = align in CENTRES_ONLY and result["degenerate"]
+        if centres_only:
+            angle[:] = _NAN
+        if centres_only or (scale != "none" and not _moves(ref[both]) and _moves(est[both])):
+            distance[:] = cammc[:] = s = _NAN
+        turned[both[expected]], gone[both[expected]] = angle, distance
+        result |= {"rot_mean_deg": float(np.rad2deg(angle.mean())), "rot_sum_rad": float(angle.sum())}
+        result["scale"] = float(s)
+        for name, x in (("trans", distance), ("cammc", cammc)):
+            result |= {f"{name}_mean": float(x.mean()), f"{name}_sum": float(x.sum())}
+        result |= _speed_profile(est[both, :3, 3], ref[both, :3, 3])
+    return result | {"rot_imputed_deg": float(np.rad2deg(turned.mean())), "trans_imputed": float(gone.mean())}
 
 
 def _speed_profile(est_F3: Array, ref_F3: Array) -> dict[str, float]:
@@ -202,25 +182,21 @@ def trajectory_errors(
     degenerate as in `pose_errors`; ate_rmse is then NaN under `se3` and `sim3`, whose rotation is undetermined,
     and what needs a fitted scale is NaN where the reference stands still.
     """
-    est, ref, both = _checked(estimated_c2w, reference_c2w, align)
-    expected = np.isfinite(ref).all((1, 2))
-    result: dict[str, float | bool] = dict.fromkeys(("ate_rmse", "rpe_trans_rmse", "rpe_rot_mean_deg", "scale"), _NAN)
-    result["coverage"] = float(both.sum() / max(expected.sum(), 1))
-    result["degenerate"] = _degenerate(est[both], ref[both], align)
+    keys = ("ate_rmse", "rpe_trans_rmse", "rpe_rot_mean_deg", "scale")
+    est, ref, _, both, result = _start(estimated_c2w, reference_c2w, align, keys)
     if both.sum() < 2:
         return result
     fitted = align in ("sim3", "rotation_mean")
     aligned, r, s = _align(est[both], ref[both], align, "least_squares" if fitted else "none")
     no_scale = fitted and not _moves(ref[both]) and _moves(est[both])
-    if not no_scale and not (align in ("se3", "sim3") and result["degenerate"]):
-        distance = np.linalg.norm(aligned[:, :3, 3] - r[:, :3, 3], axis=1)
-        result["ate_rmse"] = float(np.sqrt((distance**2).mean()))
+    if not no_scale and not (align in CENTRES_ONLY and result["degenerate"]):
+        result["ate_rmse"] = float(np.sqrt(((aligned - r)[:, :3, 3] ** 2).sum(1).mean()))
     result["scale"] = _NAN if no_scale else float(s)
-    pairs = np.flatnonzero(both[:-delta] & both[delta:]) if 0 < delta < len(est) else np.zeros(0, dtype=int)
+    pairs = np.flatnonzero(both[:-delta] & both[delta:])
     if len(pairs):
-        p, q = (_inverse(x[pairs]) @ x[pairs + delta] for x in (est, ref))
+        p, q = (np.linalg.inv(x[pairs]) @ x[pairs + delta] for x in (est, ref))
         p[:, :3, 3] *= _NAN if no_scale else 1.0 if np.isnan(s) else s
-        error = _inverse(q) @ p
+        error = np.linalg.inv(q) @ p
         result["rpe_trans_rmse"] = float(np.sqrt((error[:, :3, 3] ** 2).sum(1).mean()))
-        result["rpe_rot_mean_deg"] = float(np.rad2deg(rotation_angle(error[:, :3, :3]).mean()))
+        result["rpe_rot_mean_deg"] = float(np.rad2deg(_angles(error).mean()))
     return result

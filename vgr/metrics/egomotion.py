@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
 
 Array = NDArray[np.float64]
 
@@ -34,9 +35,9 @@ _COMMAND_METRES = 0.005  # a commanded step shorter than this asks for no headin
 
 @dataclass(frozen=True)
 class FlowMotion:
-    """Estimates of S = F - gap steps from frame i to frame i + gap.
+    """Estimates of S = F - 1 steps from frame i to frame i + 1.
 
-    rotation (S,3) radians: rotation vector of camera i+gap seen from camera i; heading (S,3): unit direction
+    rotation (S,3) radians: rotation vector of camera i+1 seen from camera i; heading (S,3): unit direction
     of its centre in camera i's axes, NaN where the step stands still or is unreliable; parallax_px (S,): median
     motion left after derotation, pixels; reliable (S,), still (S,) bool.
     """
@@ -53,8 +54,8 @@ class FlowMotion:
         return float(self.reliable.mean())
 
 
-def _track(frames_FHW3: NDArray[np.uint8], gap: int) -> tuple[Array, Array, Array]:
-    """Tracks from frame i to i + gap: start and end (S,N,2) in pixels from the image's edges, weights (S,N)."""
+def _track(frames_FHW3: NDArray[np.uint8]) -> tuple[Array, Array, Array]:
+    """Tracks from frame i to i + 1: start and end (S,N,2) in pixels from the image's edges, weights (S,N)."""
     import cv2
 
     height, width = frames_FHW3.shape[1:3]
@@ -68,7 +69,7 @@ def _track(frames_FHW3: NDArray[np.uint8], gap: int) -> tuple[Array, Array, Arra
     index = np.arange(rows * columns)
     options = dict(winSize=(_WINDOW, _WINDOW), maxLevel=3, minEigThreshold=1e-5, criteria=(3, 12, 0.01))
     starts, ends, weights = [], [], []
-    for a, b in zip(grey[:-gap], grey[gap:], strict=True):
+    for a, b in zip(grey, grey[1:]):
         corner = cv2.cornerMinEigenVal(a, 5, 3)[top : top + rows * cell, left : left + columns * cell]
         corner = corner.reshape(rows, cell, columns, cell).swapaxes(1, 2).reshape(-1, cell * cell)
         best = corner.argmax(1)
@@ -94,18 +95,7 @@ def _cross(a: Array, b: Array) -> Array:
 
 def _exp(w_S3: Array) -> Array:
     """Rotation matrices (S,3,3) of rotation vectors (S,3)."""
-    angle = np.maximum(np.linalg.norm(w_S3, axis=-1), 1e-12)[:, None, None]
-    hat = np.moveaxis(_cross(w_S3[:, None, :], np.eye(3)[None]), 1, 2)  # columns w x e_j
-    return np.eye(3) + np.sin(angle) / angle * hat + 2 * (np.sin(angle / 2) / angle) ** 2 * (hat @ hat)
-
-
-def rotation_vectors(R_33: ArrayLike) -> Array:
-    """Rotation vectors (..,3), radians, of matrices (..,3,3); atan2 form, exact for small angles; not at pi."""
-    R = np.asarray(R_33, dtype=np.float64)
-    axis = np.stack([R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]], axis=-1)
-    sine = np.linalg.norm(axis, axis=-1, keepdims=True)
-    angle = np.arctan2(sine, (np.trace(R, axis1=-2, axis2=-1) - 1)[..., None])
-    return axis * np.where(sine < 1e-12, 0.5, angle / np.maximum(sine, 1e-12))
+    return Rotation.from_rotvec(w_S3).as_matrix()
 
 
 def _solve(J_SND: Array, r_SN: Array, w_SN: Array) -> Array:
@@ -200,34 +190,28 @@ def _weighted_median(x_SN: Array, w_SN: Array) -> Array:
     return np.take_along_axis(x, middle[:, None], 1)[:, 0]
 
 
-def _checked(frames_FHW3: ArrayLike, intrinsics: ArrayLike, gap: int) -> tuple[NDArray[np.uint8], Array]:
+def flow_rotation(frames_FHW3: ArrayLike, intrinsics: ArrayLike) -> FlowMotion:
+    """Rotation and heading of each step of a video, see the module's text and `FlowMotion`.
+
+    frames (F,H,W,3) uint8, F >= 2; intrinsics (4,) or (F,4), normalised. About half a second for 97 frames of
+    128x96 on a core.
+    """
     frames, k = np.asarray(frames_FHW3), np.asarray(intrinsics, dtype=np.float64)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"frames must be uint8 of shape (F, H, W, 3); got {frames.dtype} {frames.shape}")
-    if int(gap) != gap or gap < 1 or len(frames) <= gap:
-        raise ValueError(f"gap must be a whole number of frames from 1 to F - 1 = {len(frames) - 1}; got {gap}")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) < 2:
+        raise ValueError(f"frames must be uint8 of shape (F, H, W, 3), F >= 2; got {frames.dtype} {frames.shape}")
     if k.shape not in ((4,), (len(frames), 4)) or not np.isfinite(k).all() or (k[..., :2] <= 0).any():
         raise ValueError(
             f"intrinsics must be finite (4,) or ({len(frames)}, 4), fx fy cx cy divided by image width and "
             f"height, focal lengths > 0; got shape {k.shape}"
         )
-    return frames, np.broadcast_to(k, (len(frames), 4))
-
-
-def flow_rotation(frames_FHW3: ArrayLike, intrinsics: ArrayLike, gap: int = 1) -> FlowMotion:
-    """Rotation and heading of each step of a video, see the module's text and `FlowMotion`.
-
-    frames (F,H,W,3) uint8; intrinsics (4,) or (F,4), normalised; gap: frames from one end of a step to the
-    other (more gives more parallax and less overlap). About half a second for 97 frames of 128x96 on a core.
-    """
-    frames, k = _checked(frames_FHW3, intrinsics, gap)
-    start, end, w = _track(frames, gap)
+    k = np.broadcast_to(k, (len(frames), 4))
+    start, end, w = _track(frames)
     size = np.array(frames.shape[2:0:-1], dtype=np.float64)
     one = np.ones((*w.shape, 1))
-    k1, k2 = k[:-gap, None], k[gap:, None]
+    k1, k2 = k[:-1, None], k[1:, None]
     f1 = np.concatenate([(start / size - k1[..., 2:]) / k1[..., :2], one], axis=-1)
     f2 = np.concatenate([(end / size - k2[..., 2:]) / k2[..., :2], one], axis=-1)
-    focal = k[:-gap, :2] * size
+    focal = k[:-1, :2] * size
     R0 = _rotation_only(f1, f2, w, focal)
     best = np.full(len(w), np.inf)
     t, R = np.zeros((len(w), 3)), R0
@@ -248,59 +232,36 @@ def flow_rotation(frames_FHW3: ArrayLike, intrinsics: ArrayLike, gap: int = 1) -
     reliable = agreeing.sum(1) >= max(15.0, _MIN_SHARE * w.shape[1])
     still = reliable & (parallax_px < _STILL_PX)
     t = np.where((reliable & ~still)[:, None], t, np.nan)
-    return FlowMotion(rotation_vectors(R), t, parallax_px, reliable, still)
+    return FlowMotion(Rotation.from_matrix(R).as_rotvec(), t, parallax_px, reliable, still)
 
 
-def flow_pose_score(
-    frames_FHW3: ArrayLike, c2w_F44: ArrayLike, intrinsics: ArrayLike, gap: int = 1
-) -> dict[str, float]:
-    """How well a video follows commanded cameras c2w (F,4,4) in metres, step by step, whatever the first pose.
+def score_motion(found: FlowMotion, c2w_F44: ArrayLike) -> dict[str, float]:
+    """How well a video's motion follows commanded cameras c2w (F,4,4) in metres, whatever the first pose.
 
-    Keys: rot_step_mean_deg, mean angle between estimated and commanded rotation, degrees a frame, over reliable
-    steps; rot_step_imputed_deg, the same with unreliable steps counted as no motion; rot_step_still_deg, what a
-    still video would score; heading_mean_deg, mean angle between the directions of translation over reliable
-    steps where the command moves (by over 5 mm and a fifth of the path's fast steps), a still video counting
-    as 90; heading_imputed_deg with unreliable steps at 90 too; coverage, share of reliable steps; moving_share,
-    of those the share where the video moves; commanded_moving_share of all steps; yaw_correlation, Pearson's r
-    of estimated and commanded yaw; rot_gain, least-squares ratio of estimated to commanded rotation. NaN where
-    nothing qualifies.
+    rot_step_mean_deg: mean angle between estimated and commanded rotation, degrees a frame, over reliable
+    steps; rot_step_imputed_deg: the same with unreliable steps counted as no motion; heading_mean_deg: mean
+    angle between the directions of translation over reliable steps where the command moves (by over 5 mm and a
+    fifth of the path's fast steps), a still video counting as 90; heading_imputed_deg: with unreliable steps at
+    90 too; coverage: share of reliable steps. NaN where nothing qualifies.
     """
-    frames, k = _checked(frames_FHW3, intrinsics, gap)
-    c2w = np.asarray(c2w_F44, dtype=np.float64)
-    if c2w.shape != (len(frames), 4, 4) or not np.isfinite(c2w).all():
-        raise ValueError(f"c2w must be finite, of shape ({len(frames)}, 4, 4), one a frame; got {c2w.shape}")
-    found = flow_rotation(frames, k, gap)
-    return score_motion(found, c2w, gap)
-
-
-def score_motion(found: FlowMotion, c2w_F44: ArrayLike, gap: int = 1) -> dict[str, float]:
-    """`flow_pose_score` of motion already estimated, so that several paths can be held against one video."""
-    c2w = np.asarray(c2w_F44, dtype=np.float64)
-    steps = np.linalg.inv(c2w[:-gap]) @ c2w[gap:]
-    turn, move = rotation_vectors(steps[:, :3, :3]), steps[:, :3, 3]
-    error = np.linalg.norm(rotation_vectors(_exp(found.rotation).swapaxes(-1, -2) @ steps[:, :3, :3]), axis=-1)
-    error, still_error = np.rad2deg(error) / gap, np.rad2deg(np.linalg.norm(turn, axis=-1)) / gap
+    c2w, ok = np.asarray(c2w_F44, dtype=np.float64), found.reliable
+    if c2w.shape != (len(ok) + 1, 4, 4):
+        raise ValueError(f"c2w must be of shape ({len(ok) + 1}, 4, 4), one a frame; got {c2w.shape}")
+    steps = np.linalg.inv(c2w[:-1]) @ c2w[1:]
+    turn, move = Rotation.from_matrix(steps[:, :3, :3]), steps[:, :3, 3]
+    error = np.rad2deg((Rotation.from_rotvec(found.rotation).inv() * turn).magnitude())
     length = np.linalg.norm(move, axis=-1)
     commanded = length > max(_COMMAND_METRES, 0.2 * np.quantile(length, 0.9))
     cosine = (found.heading * move).sum(-1) / np.maximum(length, 1e-12)
     heading = np.rad2deg(np.arccos(np.clip(np.where(np.isnan(cosine), 0.0, cosine), -1, 1)))
-    ok = found.reliable
-    est, cmd = found.rotation[ok], turn[ok]
-    spread = [np.std(x[:, 1]) if ok.any() else 0.0 for x in (est, cmd)]
-    power = float((cmd**2).sum())
 
     def mean(x: Array, where: NDArray[np.bool_]) -> float:
         return float(x[where].mean()) if where.any() else float("nan")
 
     return {
         "rot_step_mean_deg": mean(error, ok),
-        "rot_step_imputed_deg": float(np.where(ok, error, still_error).mean()),
-        "rot_step_still_deg": float(still_error.mean()),
+        "rot_step_imputed_deg": float(np.where(ok, error, np.rad2deg(turn.magnitude())).mean()),
         "heading_mean_deg": mean(heading, ok & commanded),
         "heading_imputed_deg": mean(heading, commanded),
         "coverage": found.coverage,
-        "moving_share": mean((~found.still).astype(np.float64), ok),
-        "commanded_moving_share": float(commanded.mean()),
-        "yaw_correlation": float(np.corrcoef(est[:, 1], cmd[:, 1])[0, 1]) if min(spread) > 1e-5 else float("nan"),
-        "rot_gain": float((est * cmd).sum()) / power if power > 1e-10 else float("nan"),
     }

@@ -24,6 +24,7 @@ from vgr.nn.norm import RMSNorm, modulated_norm
 from vgr.nn.rope import axis_pairs, rope_table
 from vgr.types import Conditioning, Shard
 
+BACKENDS = ("torch", "triton")
 # Of attention, and the feed-forward's last frame before its temporal mixing.
 BlockMemory = tuple[Memory, Tensor]
 
@@ -100,6 +101,7 @@ class WorldModel(nn.Module):
     mixer: "gdn", or "linear" for the linear attention that SANA-WM starts from (spec 5.3);
     sink, window: chunks softmax blocks read beside their own, the first `sink` and the last `window` (None: all);
     cam_filter_isolated: camera keys are filtered inside their chunk only (spec 12.9);
+    scan_backend: "torch", or "triton" on a GPU;
     text_width: width of the text encoder's states; raw_frames: raw frames of a latent frame (codec stride);
     cam_renorm_softmax, cam_renorm_gdn, softmax_bf16, *_scale: the released model's doubtful points, see
     `vgr.nn.attention.DualAttention`; truncate_times: the model sees floor(1000 t), as its weights were trained;
@@ -126,6 +128,7 @@ class WorldModel(nn.Module):
         sink: int = 0,
         window: int | None = None,
         cam_filter_isolated: bool = False,
+        scan_backend: str = "torch",
         truncate_times: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -138,8 +141,9 @@ class WorldModel(nn.Module):
                 f"model.width / model.heads must be a multiple of 8 (4x4 camera groups fill half a head), "
                 f"got {width} / {heads}"
             )
-        if mixer not in ("gdn", "linear"):
-            raise ValueError(f"model.mixer={mixer}: choose gdn or linear")
+        for key, value, known in (("mixer", mixer, ("gdn", "linear")), ("scan_backend", scan_backend, BACKENDS)):
+            if value not in known:
+                raise ValueError(f"model.{key}={value}: choose {' or '.join(known)}")
         self.heads, self.head_dim, self.truncate_times = heads, width // heads, truncate_times
         self.raw_frames, self.in_channels = raw_frames, in_channels
         self.activation_checkpointing = activation_checkpointing
@@ -151,7 +155,7 @@ class WorldModel(nn.Module):
         self.attention_y_norm = RMSNorm(width, 1e-5, scale=0.01)
         kinds = ["softmax" if softmax_every and (i + 1) % softmax_every == 0 else mixer for i in range(layers)]
         renorm = {"softmax": cam_renorm_softmax, mixer: cam_renorm_gdn}
-        reach = (softmax_scale, cam_softmax_scale, sink, window, cam_filter_isolated)
+        reach = (softmax_scale, cam_softmax_scale, sink, window, cam_filter_isolated, scan_backend)
         self.blocks = nn.ModuleList(
             Block(
                 width,

@@ -98,6 +98,7 @@ class DualAttention(nn.Module):
     softmax_scale, cam_softmax_scale: None for 1/sqrt(K), and 1/sqrt(padded K) in the camera branch.
     sink, window: chunks a softmax block reads beside its own: the video's first `sink` and the last `window`
     before it (None: all). cam_filter_isolated: the camera keys' filter sees its own chunk only (spec 12.9).
+    scan_backend: "torch", or "triton" on a GPU.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class DualAttention(nn.Module):
         sink: int = 0,
         window: int | None = None,
         cam_filter_isolated: bool = False,
+        scan_backend: str = "torch",
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.kind = heads, width // heads, kind
@@ -120,6 +122,7 @@ class DualAttention(nn.Module):
         self.softmax_scale = softmax_scale or self.head_dim**-0.5
         self.cam_softmax_scale = cam_softmax_scale or padded_head_dim(self.head_dim) ** -0.5
         self.sink, self.window, self.cam_filter_isolated = sink, window, cam_filter_isolated
+        self.scan_backend = scan_backend
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.qkv_cam = nn.Linear(width, 3 * width)
         self.q_norm, self.k_norm = RMSNorm(width, 1e-5), RMSNorm(width, 1e-5)
@@ -238,12 +241,12 @@ class DualAttention(nn.Module):
         q_rot, k_rot, v = _per_frame(rotate(q, table)), _per_frame(rotate(k, table)), _per_frame(self._heads(v))
         q, k = _per_frame(q), _per_frame(k)
         beta_main = None if beta is None else _per_frame(beta).squeeze(-1)
-        maps = frame_summaries(k, None, beta_main, decay)
-        norm_read, norm = frame_states(*maps, chunks.sizes, old.norm, shard)
+        maps = frame_summaries(k, None, beta_main, decay, self.scan_backend)
+        norm_read, norm = frame_states(*maps, chunks.sizes, old.norm, shard, self.scan_backend)
         weight = (q @ norm_read + 1e-8).reciprocal()
-        g, a = frame_summaries(k_rot, v, beta_main, decay)
+        g, a = frame_summaries(k_rot, v, beta_main, decay, self.scan_backend)
         if cam is None or camera is None:
-            read, state = frame_states(g, a, chunks.sizes, old.state, shard)
+            read, state = frame_states(g, a, chunks.sizes, old.state, shard, self.scan_backend)
             return _per_token(q_rot @ read * weight, self.heads), None, DeltaMemory(state, norm, None, tail, None)
         q_cam, k_cam, v_cam = cam
         q_cam = self._heads(F.relu(self.q_norm_cam(q_cam)))
@@ -254,11 +257,11 @@ class DualAttention(nn.Module):
             # Translations may lengthen keys; beta is discounted so that the update stays a contraction.
             new, was = (torch.linalg.vector_norm(y, dim=-1).square().clamp_min(1e-12) for y in (k_ray, k_cam))
             beta = _per_frame(beta / (new / was).mean(2, keepdim=True).clamp_min(1.0).unsqueeze(-1)).squeeze(-1)
-        g_cam, a_cam = frame_summaries(_per_frame(k_ray), _per_frame(v_ray), beta, decay)
+        g_cam, a_cam = frame_summaries(_per_frame(k_ray), _per_frame(v_ray), beta, decay, self.scan_backend)
         # Main and camera states have one shape, so one scan carries both.
         g = None if g is None else torch.cat([g, g_cam], dim=1)
         before = None if old.state is None else torch.cat([old.state, old.state_cam])
-        read, last = frame_states(g, torch.cat([a, a_cam], dim=1), chunks.sizes, before, shard)
+        read, last = frame_states(g, torch.cat([a, a_cam], dim=1), chunks.sizes, before, shard, self.scan_backend)
         (read, read_cam), (state, state_cam) = read.chunk(2, dim=1), last.chunk(2)
         extra = _per_token(_per_frame(q_ray) @ read_cam, self.heads)
         extra = self._to_rays(self._heads(extra), camera.matrix, camera.table.conj()).flatten(3)

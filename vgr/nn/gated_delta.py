@@ -103,6 +103,7 @@ def frame_states(
     chunks: Sequence[int] | None = None,
     initial: Tensor | None = None,
     shard: Shard | None = None,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """What every frame reads, F_t + R_t, and the state F_{T-1} that the frames after it start from (spec 3.4, 3.8).
 
@@ -111,6 +112,7 @@ def frame_states(
     every chunk. chunks: sizes that sum to T, None for one chunk. Both directions share gates and summaries.
     Without g (cumulative linear attention, G = 1) a frame reads the sum up to its chunk's end.
     With a shard g and a are this rank's frames of the call that chunks describe, without initial, and so is the result.
+    backend "triton" (CUDA): one kernel launch for both scans; a shard and linear attention take the torch form.
     """
     sizes = [a.shape[0]] if chunks is None else list(chunks)
     following, goes_on = None, False
@@ -120,6 +122,10 @@ def frame_states(
         sizes = part(sizes, start, end)
         initial, following = _from_other_ranks(g, a, sizes[0], goes_on and len(sizes) == 1, shard)
     ends = [end - 1 for end in accumulate(sizes)]
+    if g is not None and backend == "triton" and shard is None:
+        from vgr.nn import gated_delta_triton
+
+        return gated_delta_triton.bidirectional_states(g, a, sizes, initial)
     if g is not None:
         return _FrameStates.apply(g, a, frozenset(ends[:-1] if goes_on else ends), initial, following)
     ahead = a.cumsum(0) if initial is None else a.cumsum(0) + initial
@@ -132,13 +138,17 @@ def frame_states(
 
 
 def frame_summaries(
-    k: Tensor, v: Tensor | None, beta: Tensor | None, decay: Tensor | None
+    k: Tensor, v: Tensor | None, beta: Tensor | None, decay: Tensor | None, backend: str = "torch"
 ) -> tuple[Tensor | None, Tensor]:
     """Per-frame affine maps of the delta rule: G = gamma (I - K^T beta K) and A = K^T beta V.
 
     k (T,X,S,K); v (T,X,S,E) or None for the normaliser stream, whose target is one (E = 1); beta (T,X,S), decay
     (T,X). Returns G (T,X,K,K), A (T,X,K,E). Without gates: linear attention, no G and A = K^T V.
     """
+    if backend == "triton" and beta is not None and decay is not None:
+        from vgr.nn import gated_delta_triton
+
+        return gated_delta_triton.frame_summaries(k, v, beta, decay)
     weighted = (k if beta is None else k * beta.unsqueeze(-1)).mT
     a = weighted.sum(-1, keepdim=True) if v is None else weighted @ v
     if decay is None:

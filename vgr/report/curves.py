@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from html import escape
 from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 _W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 230, 50, 10, 12, 34
@@ -26,7 +25,7 @@ class Line(NamedTuple):
     thin: bool = False
 
 
-def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -> str:
+def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -> Markup | str:
     """A figure with axes; points that are None or not finite are left out. zero draws the line y = 0."""
     data = []
     for line in lines:
@@ -40,66 +39,65 @@ def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -
     y_ticks = _ticks(min(heights), max(heights))
     y0, y1 = y_ticks[0], y_ticks[-1]
 
-    def at(x: float, y: float) -> str:
-        px = _LEFT + (x - x0) / ((x1 - x0) or 1) * (_W - _LEFT - _RIGHT)
-        py = _H - _BOTTOM - (y - y0) / ((y1 - y0) or 1) * (_H - _TOP - _BOTTOM)
-        return f"{px:.1f},{py:.1f}"
+    def px(x: float) -> float:
+        return round(_LEFT + (x - x0) / ((x1 - x0) or 1) * (_W - _LEFT - _RIGHT), 1)
+
+    def py(y: float) -> float:
+        return round(_H - _BOTTOM - (y - y0) / ((y1 - y0) or 1) * (_H - _TOP - _BOTTOM), 1)
 
     parts = []
     for y in y_ticks:
-        left, right = at(x0, y), at(x1, y)
-        parts.append(f'<path class="axis" d="M{left} L{right}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{float(left.split(",")[1]) + 4:.1f}" text-anchor="end">{y:g}</text>')
+        parts.append(f'<path class="axis" d="M{px(x0)},{py(y)} H{px(x1)}"/>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{py(y) + 4}" text-anchor="end">{y:g}</text>')
     for x in (x for x in _ticks(x0, x1) if x0 <= x <= x1):
         text = f"{x / 1000:g}k" if x >= 10000 else f"{x:g}"
-        parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{_H - 16}" text-anchor="middle">{text}</text>')
+        parts.append(f'<text x="{px(x)}" y="{_H - 16}" text-anchor="middle">{text}</text>')
     parts.append(f'<text x="{_W - _RIGHT}" y="{_H - 2}" text-anchor="end">{escape(x_label)}</text>')
     if zero:
-        parts.append(f'<path class="zero" d="M{at(x0, 0)} L{at(x1, 0)}"/>')
+        parts.append(f'<path class="zero" d="M{px(x0)},{py(0)} H{px(x1)}"/>')
     for line, points in data:
         band = [p for p in points if _finite(p[2]) and _finite(p[3])]
         if band:
-            outline = [at(p[0], p[3]) for p in band] + [at(p[0], p[2]) for p in reversed(band)]
-            parts.append(f'<polygon class="band {line.style}" points="{" ".join(outline)}"/>')
-        thin = " thin" if line.thin else ""
-        dots = " ".join(at(p[0], p[1]) for p in points)
-        parts.append(f'<polyline class="line {line.style}{thin}" points="{dots}"/>')
+            outline = [(p[0], p[3]) for p in band] + [(p[0], p[2]) for p in reversed(band)]
+            dots = " ".join(f"{px(x)},{py(y)}" for x, y in outline)
+            parts.append(f'<polygon class="band {line.style}" points="{dots}"/>')
+        dots = " ".join(f"{px(p[0])},{py(p[1])}" for p in points)
+        parts.append(f'<polyline class="line {line.style}{" thin" if line.thin else ""}" points="{dots}"/>')
     figure = f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return f"<figure>{figure}<figcaption>{escape(title)}</figcaption></figure>"
+    return Markup(f"<figure>{figure}<figcaption>{escape(title)}</figcaption></figure>")
 
 
 def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
     """Mean over a centred window of `share` of the points (of at least 1)."""
-    v = np.asarray(values, dtype=np.float64)
-    half = int(len(v) * share / 2)
-    sums = np.concatenate([[0.0], np.cumsum(v)])
-    low, high = np.maximum(np.arange(len(v)) - half, 0), np.minimum(np.arange(len(v)) + half + 1, len(v))
-    return ((sums[high] - sums[low]) / (high - low)).tolist()
+    if not values:
+        return []
+    window = np.ones(2 * int(len(values) * share / 2) + 1)
+    return (np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")).tolist()
 
 
-def path_from_above(c2w_F44: NDArray[np.float64], other_F44: NDArray[np.float64] | None = None) -> str:
+def path_from_above(c2w_F44: NDArray[np.float64], other_F44: NDArray[np.float64] | None = None) -> Markup:
     """The camera's way seen from above, the first frame looking up, ticks along the view; other: a control's; SVG."""
     size, margin = np.array([100.0, 75.0]), 12.0
     plans = [_plan(c2w) for c2w in (c2w_F44, other_F44) if c2w is not None]
     spread = np.concatenate([p[:, :2] for p in plans])
     low, high = spread.min(0), spread.max(0)
-    scale = float(((size - 2 * margin) / np.maximum(high - low, 1e-3)).min())
-    parts, drawn = [], [(p, size / 2 + (p[:, :2] - (low + high) / 2) * scale * np.array([1, -1])) for p in plans]
-    for (plan, xy), style in reversed(list(zip(drawn, ("modelc", "swapped")))):  # the video's own on top
+    scale = ((size - 2 * margin) / np.maximum(high - low, 1e-3)).min()
+    parts = []
+    for plan, style in [*zip(plans, ("model", "swapped"))][::-1]:  # the video's own last, on top
+        xy = size / 2 + (plan[:, :2] - (low + high) / 2) * scale * np.array([1, -1])
         for i in np.linspace(0, len(xy) - 1, 9).round().astype(int):
             dx, dy = 7 * math.sin(plan[i, 2]), -7 * math.cos(plan[i, 2])
             d = f"M{xy[i, 0]:.1f},{xy[i, 1]:.1f} l{dx:.1f},{dy:.1f}"
             parts.append(f'<path class="line thin {style}" d="{d}"/>')
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in xy)
         parts.append(f'<polyline class="line {style}" points="{points}"/>')
-    plan, xy = drawn[0]
-    here = np.concatenate([xy, np.degrees(plan[:, 2:])], axis=1).round(1).tolist()
+    here = np.column_stack([xy, np.degrees(plan[:, 2])]).round(1).tolist()
     x, y, a = here[0]
     parts.append(
-        f'<path class="here modelc" fill="currentColor" d="M0,-7 L4,4 L-4,4 Z" transform="translate({x} {y}) '
-        f'rotate({a})" data-path="{escape(json.dumps(here))}"/>'
+        f'<path class="here model" fill="currentColor" d="M0,-7 L4,4 L-4,4 Z" transform="translate({x} {y}) '
+        f'rotate({a})" data-path="{here}"/>'
     )
-    return f'<svg viewBox="0 0 100 75" role="img" aria-label="camera path from above">{"".join(parts)}</svg>'
+    return Markup(f'<svg viewBox="0 0 100 75" role="img" aria-label="camera path from above">{"".join(parts)}</svg>')
 
 
 def _plan(c2w: NDArray[np.float64]) -> NDArray[np.float64]:

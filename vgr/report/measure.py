@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from vgr.metrics import drift as drift_
 from vgr.metrics import features, fvd, image
@@ -78,16 +77,14 @@ def measure_set(
     keys: Sequence[str],
     frames: int,
     settings: dict[str, Any],
-    *,
-    truth: VideoSet | None = None,
-    cameras: Mapping[str, Path | None] = MappingProxyType({}),
-    other_cameras: Mapping[str, Path | None] = MappingProxyType({}),
-    done: Callable[[int], None] = lambda n: None,
+    truth: VideoSet | None,
+    paths: Mapping[str, Sequence[Path]],
+    done: Callable[[int], None],
 ) -> list[Measured]:
     """Measure every video of a set, in the order of keys; settings is the protocol.
 
-    truth None leaves PSNR and SSIM out. cameras gives a key's commanded (c2w, intrinsics), None leaves the pose
-    out; errors against other_cameras are called other_<metric>. The first frame, given to the model, counts for
+    truth None leaves PSNR and SSIM out. paths gives a key's commanded (c2w, intrinsics), nothing leaves the pose
+    out; errors against a second path are called other_<metric>. The first frame, given to the model, counts for
     the pose alone. Raises ValueError when sizes differ from the truth's.
     """
 
@@ -103,8 +100,7 @@ def measure_set(
                 )
             values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
             values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
-        paths = [p for p in (cameras.get(key), other_cameras.get(key)) if p is not None]
-        for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
+        for prefix, scores in zip(("", "other_"), pose_values(video, paths[key]) if paths[key] else ()):
             values.update({prefix + k: v for k, v in scores.items()})
         trend = None
         if (len(video) - 1) / fps >= 3 * settings["drift"]["window_s"]:
@@ -157,7 +153,7 @@ def check_pose_estimator(truth: list[Measured]) -> dict[str, dict[str, Any]]:
     for metric in POSE_ERRORS:
         own, other = column(truth, metric), column(truth, f"other_{metric}")
         found = {"own_camera": own, "other_camera": other, "difference": other - own}
-        cells = {name: cell(mean_interval(x)) for name, x in found.items()}
+        cells = {name: mean_cell(x) for name, x in found.items()}
         checks[metric] = {"passed": (cells["difference"]["low"] or 0) > 0, **cells}
     return checks
 
@@ -188,7 +184,7 @@ def summarize(
     out: dict[str, dict[str, Any]] = {}
     for row, videos in rows.items():
         columns = {m: column(videos, m) for m in METRICS if m not in skip}
-        out[row] = {m: cell(mean_interval(x)) for m, x in columns.items() if np.isfinite(x).any()}
+        out[row] = {m: mean_cell(x) for m, x in columns.items() if np.isfinite(x).any()}
         if "truth" in rows and all(v.drift for v in videos + rows["truth"]):
             out[row].update(_drift_over_truth(videos, rows["truth"]))
         if reference:
@@ -218,7 +214,7 @@ def curves(rows: dict[str, list[Measured]]) -> dict[str, Any]:
         if all(v.drift for v in videos):
             out[row] = {"times_s": videos[0].drift.times_J.tolist()}
             for name in CURVES:
-                points = [cell(mean_interval(x, draws=999)) for x in zip(*(v.drift.curve[name] for v in videos))]
+                points = [mean_cell(x, draws=999) for x in zip(*(v.drift.curve[name] for v in videos))]
                 out[row][name] = {k: [p[k] for p in points] for k in ("value", "low", "high")}
     return out
 
@@ -232,13 +228,18 @@ def cell(interval: Interval) -> dict[str, Any]:
     return {k: number(x) for k, x in interval._asdict().items()} | {"count": interval.count}
 
 
+def mean_cell(values: ArrayLike, draws: int = 9999) -> dict[str, Any]:
+    """The cell of `mean_interval`."""
+    return cell(mean_interval(values, draws))
+
+
 def number(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
 def _drift_over_truth(videos: list[Measured], truth: list[Measured]) -> dict[str, Any]:
     ours, real = (np.array([list(v.drift.slope.values()) for v in row]) for row in (videos, truth))
-    out = {f"{name}_excess_per_s": cell(mean_interval(x)) for name, x in zip(drift_.UNITS, (ours - real).T)}
+    out = {f"{name}_excess_per_s": mean_cell(x) for name, x in zip(drift_.UNITS, (ours - real).T)}
     return out | {"drift": cell(drift_.composite(ours - real, real.std(0, ddof=1)))}
 
 

@@ -29,27 +29,25 @@ def _panel(c2w: NDArray[np.float64], intrinsics: NDArray[np.float64], now: int, 
 
     plan = c2w[:, [0, 2], 3]
     low, high = plan.min(0), plan.max(0)
-    # A rotation on the spot still wants a frame around it: never show less than a metre.
-    span = max(float((high - low).max()), 1.0)
-    scale, middle = 0.62 * side / span, (low + high) / 2
+    span = max(float((high - low).max()), 1.0)  # a turn on the spot still wants a frame around it
+    scale = 0.62 * side / span
 
-    def at(point: NDArray[np.float64]) -> tuple[int, int]:
-        x, z = (point - middle) * scale
-        return int(16 * (side / 2 + x)), int(16 * (side / 2 - z))  # cv2 takes fixed point with 4 bits
+    def at(points: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Right and forward in metres to the fixed point with 4 bits that cv2 takes."""
+        return (16 * (side / 2 + (points - (low + high) / 2) * scale * (1, -1))).astype(np.int32)
 
     image = np.full((side, side, 3), _PAPER, np.uint8)
-    line = np.array([at(p) for p in plan], np.int32)
+    line, here = at(plan), at(plan[now])
     cv2.polylines(image, [line], False, _FAINT, 2, cv2.LINE_AA, 4)
     cv2.polylines(image, [line[: now + 1]], False, _ACCENT, 3, cv2.LINE_AA, 4)
-    reach = 0.16 * span
-    edges = [np.array([(x - intrinsics[now, 2]) / intrinsics[now, 0], 0.0, 1.0]) for x in (0.0, 1.0)]
-    corners = [plan[now] + reach * (c2w[now, :3, :3] @ e)[[0, 2]] for e in edges]
-    view = np.array([at(plan[now]), *map(at, corners)], np.int32)
+    fx, _, cx, _ = intrinsics[now]
+    edges = np.array([[-cx / fx, 0.0, 1.0], [(1 - cx) / fx, 0.0, 1.0]]) @ c2w[now, :3, :3].T
+    view = np.stack([here, *at(plan[now] + 0.16 * span * edges[:, [0, 2]])])
     cv2.fillPoly(image, [view], (214, 228, 240), cv2.LINE_AA, 4)
     cv2.polylines(image, [view], True, _ACCENT, 1, cv2.LINE_AA, 4)
-    cv2.circle(image, at(plan[now]), 16 * 4, _INK, -1, cv2.LINE_AA, 4)
+    cv2.circle(image, here.tolist(), 16 * 4, _INK, -1, cv2.LINE_AA, 4)
     bar = 10.0 ** math.floor(math.log10(0.4 * span))
-    end = int(side * 0.06 + bar * scale)
-    cv2.line(image, (int(side * 0.06), side - 14), (end, side - 14), _INK, 2)
+    start, end = int(side * 0.06), int(side * 0.06 + bar * scale)
+    cv2.line(image, (start, side - 14), (end, side - 14), _INK, 2)
     cv2.putText(image, f"{bar:g} m", (end + 6, side - 9), cv2.FONT_HERSHEY_SIMPLEX, 0.4, _INK, 1, cv2.LINE_AA)
     return image

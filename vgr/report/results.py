@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vgr.data.files import atomic
+from vgr.data.files import write_json, write_text
 from vgr.metrics import frame_rate
-from vgr.metrics.statistics import mean_interval
 from vgr.report import measure as m
 from vgr.report.rows import LABELS
-from vgr.report.sets import VideoSet, write_json
+from vgr.report.sets import VideoSet
 
 
 def measure(
@@ -30,17 +29,17 @@ def measure(
     """
     truth = sets.get("truth")
     source = truth or sets["model"]
-    paths = {k: source.cameras(k, frames) for k in keys}
-    turned = keys[len(keys) // 2 :] + keys[: len(keys) // 2]  # as rows.make_rows turns them
-    other = {k: paths[o] for k, o in zip(keys, turned)}
+    paths = {k: [c for c in (source.cameras(k, frames),) if c] for k in keys}
     measured, checks = {}, {}
     if truth is not None:
-        measured["truth"] = m.measure_set(truth, keys, frames, protocol, cameras=paths, other_cameras=other, done=done)
+        turned = keys[len(keys) // 2 :] + keys[: len(keys) // 2]  # as rows.make_rows turns them
+        both = {k: paths[k] + paths[other] for k, other in zip(keys, turned)}
+        measured["truth"] = m.measure_set(truth, keys, frames, protocol, None, both, done)
         checks["pose"] = m.check_pose_estimator(measured["truth"])
     failed = {metric for metric, check in checks.get("pose", {}).items() if not check["passed"]}
     for row, videos in sets.items():
         if row != "truth":
-            measured[row] = m.measure_set(videos, keys, frames, protocol, truth=truth, cameras=paths, done=done)
+            measured[row] = m.measure_set(videos, keys, frames, protocol, truth, paths, done)
     known = None
     if reference is not None and frames > protocol["frechet"]["window_frames"]:
         known = m.reference_features(reference, frames, protocol, done)
@@ -48,7 +47,7 @@ def measure(
     rows = m.summarize(measured, protocol, known, failed)
     info = sets["model"].info
     speed = frame_rate.summarize(info.get("timings", []))
-    rows["model"] |= {name: m.cell(mean_interval(values)) for name, values in speed.items()}
+    rows["model"] |= {name: m.mean_cell(values) for name, values in speed.items()}
     video, fps = source.video(keys[0], frames)
     found = {
         "protocol": protocol,
@@ -78,8 +77,7 @@ def measure(
 
 def write(out: Path, found: dict[str, Any], per_video: list[dict[str, Any]]) -> None:
     """results.json and videos.jsonl in `out`, each replaced whole."""
-    with atomic(out / "videos.jsonl") as file:
-        file.writelines(json.dumps(line, allow_nan=False).encode() + b"\n" for line in per_video)
+    write_text(out / "videos.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in per_video))
     write_json(out / "results.json", found)
 
 

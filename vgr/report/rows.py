@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from vgr.data.files import write_json
 from vgr.metrics import frame_rate
-from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint, write_json
+from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint
 from vgr.seeding import derive_seed
 
 # In the order of the table: what people read, and what the row is for.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vgr.data.files import atomic
+from vgr.data.files import atomic, write_json
 
 Frames = NDArray[np.uint8]
 CRF = 14  # of the videos we write; stated in set.json
@@ -60,7 +60,7 @@ class VideoSet:
         with np.load(path, allow_pickle=False) as file:
             found = {name: np.asarray(file[name], np.float64) for name in ("c2w", "intrinsics") if name in file}
         shapes = {name: x.shape for name, x in found.items()}
-        length = shapes.get("c2w", (0,))[0]
+        length = len(found.get("c2w", ()))
         if shapes != {"c2w": (length, 4, 4), "intrinsics": (length, 4)} or length < frames:
             raise ValueError(
                 f"{path} holds {shapes}; {frames} frames are measured and need c2w (F,4,4) and intrinsics (F,4)"
@@ -85,12 +85,6 @@ def read_info(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text()) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}); remove it or repair it") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """The old file or the whole new one, even after a kill. NaN is refused: JSON has none."""
-    with atomic(path) as file:
-        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def fingerprint(made_by: dict[str, Any]) -> str:

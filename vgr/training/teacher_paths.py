@@ -66,7 +66,7 @@ class TeacherPaths:
                 for i, sample, latents in zip(numbers, samples, path.flatten(1, 2).cpu().numpy()):
                     writer.add(f"path-{i:06d}", latents, sample.c2w, sample.intrinsics, sample.meta)
                 done = numbers.stop
-                progress(done)
+                progress(len(numbers))
         return count - start
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from vgr.data.files import write_text
+from vgr.data.files import read_lines, write_text
 
 
 class Record:
@@ -54,16 +54,9 @@ class Record:
     @rank_zero_only
     def rewind(self, samples_seen: int) -> None:
         """Keep only complete lines up to samples_seen, the position of the checkpoint continued from."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["samples_seen"] <= samples_seen:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue  # the line a killed process was writing
-        write_text(self.path, "".join(kept))
+        if self.path.is_file():
+            kept = (line for line in read_lines(self.path) if line["samples_seen"] <= samples_seen)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @rank_zero_only
@@ -85,15 +78,9 @@ def start_wandb(run_dir: Path, config: dict[str, Any], project: str, entity: str
     if not id_file.is_file():
         write_text(id_file, uuid.uuid4().hex[:8])
     run = wandb.init(
-        project=project,
-        entity=entity,
-        name=run_dir.as_posix(),
-        dir=str(run_dir),
-        id=id_file.read_text().strip(),
-        resume="allow",
-        mode=mode,
-        config=config,
-    )
+        project=project, entity=entity, name=run_dir.as_posix(), dir=str(run_dir), id=id_file.read_text().strip(),
+        resume="allow", mode=mode, config=config,
+    )  # fmt: skip
     run.define_metric("samples_seen")
     run.define_metric("*", step_metric="samples_seen")
     return run

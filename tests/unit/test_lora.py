@@ -1,14 +1,19 @@
 """Adapters: no effect at the start, frozen base, PEFT's names and numbers, the same model once merged."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from safetensors.torch import save_file
 from test_world_model import _inputs, _model
 
+from vgr import command
+from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
 from vgr.nn import lora
+from vgr.training.world_model import WorldModelTraining
 
 TARGETS = ["qkv", "qkv_cam", "proj", "q_linear", "kv_linear", "expand", "project"]
 
@@ -152,3 +157,30 @@ def test_adapters_that_do_not_fit_the_base_are_refused(broken):
         adapters.pop(name + broken)
     with pytest.raises(ValueError, match=r"adapter x_embedder.lora_\*"):
         lora.merge(base, adapters, 1.0)
+
+
+def test_training_holds_the_frozen_base_once():
+    """Only adapters are optimised, averaged apart and saved; the average reads the base's own memory."""
+    model = _model()
+    lora.add(model, 3, 6, TARGETS)
+    text = ByteTextEncoder(16, 8, 1, 2).requires_grad_(False)
+    codec = SimpleNamespace(stride=(4, 8, 8))
+    module = WorldModelTraining(model, text, codec, seed=1, global_batch=1, max_samples=8, objective=None)
+    names = {f"model.{name}" for name in _adapters(model)}
+    assert module.weights().keys() == module.ema_weights().keys() == names
+    trained = [p for group in module.configure_optimizers().param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
+    own = dict(model.named_parameters())
+    for name, p in module.ema["model"].named_parameters():
+        assert (p is own[name]) == ("lora_" not in name) and torch.equal(p, own[name])
+    assert all(p is q for p, q in zip(module.ema["text"].parameters(), text.parameters()))
+
+
+def test_the_preset_adapts_a_release_and_its_twin_the_tiny_run():
+    for words, base in (([], "weights/SANA-WM_bidirectional"), (["size=tiny"], "runs/world_model/tiny/seed1")):
+        cfg = command.compose("train", ["experiments=world_model/lora", *words])
+        assert cfg.init_from == base and (cfg.lora.rank, list(cfg.lora.targets)) == (16, TARGETS)
+        with torch.device("meta"):
+            lora.add(model := instantiate(cfg.model), **cfg.lora)
+        if not words:
+            assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 20_070_400

@@ -1,6 +1,7 @@
 """vgr-train: train a preset, or list them all.
 
 vgr-train experiments=world_model/tiny seed=1
+vgr-train experiments=world_model/lora base=weights/SANA-WM_bidirectional
 vgr-train --list
 """
 

@@ -2,6 +2,7 @@
 
 vgr-export checkpoint=runs/world_model/tiny/seed1 out=my_model
 vgr-export checkpoint=sana_wm_1600m_720p.safetensors format=diffusers out=sana_wm_diffusers
+vgr-export checkpoint=runs/world_model/lora/seed1 format=lora out=my_adapters
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
+
 def main() -> None:
     """Entry point of `vgr-export` and `python -m vgr.export`."""
     command.run("export", body)
 
 
 def body(cfg: DictConfig) -> None:
-    """conf/export.yaml -> a folder with model.safetensors, or diffusers' names, that appears whole or not at all.
+    """conf/export.yaml -> a folder with model.safetensors, or diffusers' or PEFT's names, that appears whole or not.
 
     Tensors keep their bits and their precision; those that no output depends on travel along (spec 10.2).
     """
     from vgr.models import weights, world_model_weights
     from vgr.models.world_model import WorldModel
 
-    for key, accepted in (("format", world_model_weights.EXPORTS), ("weights", ("ema", "weights"))):
+    for key, accepted in (("format", (*world_model_weights.EXPORTS, "lora")), ("weights", ("ema", "weights"))):
         if cfg[key] not in accepted:
             raise ValueError(f"{key}={cfg[key]} is unknown; accepted: {', '.join(accepted)}")
     for key in ("checkpoint", "out"):
@@ -36,6 +38,9 @@ def body(cfg: DictConfig) -> None:
             raise ValueError(f"{key} is not given: checkpoint=<run folder or weights> out=<new folder>")
     out = Path(cfg.out)
     weights.require_new(out)
+    if cfg.format == "lora":
+        write_adapters(str(cfg.checkpoint), cfg.weights, out)
+        return
     config, tensors = read(str(cfg.checkpoint), cfg.weights, cfg.revision)
     model = weights.build(WorldModel, config)
     weights.check(model, tensors, cfg.checkpoint)
@@ -56,20 +61,36 @@ def read(checkpoint: str, part: str = "ema", revision: str | None = None) -> tup
 
     FileNotFoundError or ValueError say what is missing, damaged or not a world model.
     """
-    from vgr.models import weights, world_model_weights
+    from vgr.training import rebuild
+
+    record, tensors = rebuild.read(checkpoint, part, revision)
+    if record["model"]["class"] != "WorldModel":
+        raise ValueError(f"{checkpoint} holds a {record['model']['class']}; vgr-export writes world models")
+    own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    return record["model"]["config"], own
+
+
+def write_adapters(checkpoint: str, part: str, out: Path) -> None:
+    """The adapters of a run, unmerged, as a folder that PEFT loads onto our model of the base."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from vgr.models import weights
+    from vgr.nn import lora
     from vgr.training import checkpoints
 
-    names = world_model_weights
-    try:
-        folder = checkpoints.resolve(Path(checkpoint))
-    except FileNotFoundError:
-        path = weights.fetch(checkpoint, revision, names.PATTERNS, names.HOW_TO_GET)
-        return weights.load_folder(path, names.ADAPTERS, names.INSIDE)
-    tensors = checkpoints.read_weights(folder, part)
-    record = checkpoints.read_generator(folder)["model"]
-    if record["class"] != "WorldModel":
-        raise ValueError(f"{folder} holds a {record['class']}; vgr-export writes world models")
-    return record["config"], {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    folder = checkpoints.resolve(Path(checkpoint))
+    told = checkpoints.read_generator(folder).get("lora")
+    if told is None:
+        raise ValueError(f"format=lora: {folder} is no run with lora=...; choose another format for whole weights")
+    adapters = {k.removeprefix("model."): v for k, v in checkpoints.read_weights(folder, part).items()}
+    config, tensors = lora.to_peft(adapters, told["base"], told["rank"], told["alpha"], told["targets"])
+    with weights.new_folder(out) as new:
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    numbers = sum(t.numel() for t in tensors.values())
+    print(f"{out}: {len(tensors)} tensors, {numbers / 1e6:.1f} M numbers; the base is {told['base']}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """vgr-train: train a preset, or list them all.
 
 vgr-train experiments=world_model/tiny seed=1
+vgr-train experiments=world_model/lora base=weights/SANA-WM_bidirectional
 vgr-train --list
 """
 
@@ -18,6 +19,7 @@ from vgr import command
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from torch import Tensor
 
     from vgr.training import callbacks
     from vgr.types import VideoBatch
@@ -49,19 +51,22 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
     from vgr.training import checkpoints
+    from vgr.training.rebuild import tensors_hash
 
     command.check_targets(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
     if cfg.teacher is not None:  # frozen networks are known by hash: another teacher is another run
         config["teacher_sha256"] = checkpoints.weights_hash(checkpoints.resolve(Path(cfg.teacher)))
     checkpoint = find_checkpoint(cfg.resume, run_dir)
+    initial = read_initial(cfg, checkpoint)
+    if cfg.lora.rank:  # the base is not in the checkpoints: it too is known by hash
+        config["init_from_sha256"] = tensors_hash(initial)
     if checkpoint is not None:
         checkpoints.verify(checkpoint)
         refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)
     settings = trainer_settings(cfg)
-    module, data, codec = build(cfg)
-    if cfg.init_from is not None and checkpoint is None:
-        load_initial(module, Path(cfg.init_from), cfg.surgery)
+    module, data, codec = build(cfg, initial)
+    del initial  # 11 GB at full size
     steps = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
     try:
         fit(settings, steps, module, data)
@@ -105,11 +110,17 @@ def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], checkpoint: 
         )
 
 
-def build(cfg: DictConfig) -> tuple[callbacks.Training, pl.LightningDataModule, Any]:
-    """Training module, data and codec of a configuration, checked against each other. Raises ValueError."""
+def build(
+    cfg: DictConfig, initial: dict[str, Tensor] | None = None
+) -> tuple[callbacks.Training, pl.LightningDataModule, Any]:
+    """Training module, data and codec of a configuration, checked against each other. Raises ValueError.
+
+    initial: what init_from holds, to start from.
+    """
     import torch
     from hydra.utils import instantiate
 
+    from vgr.nn import lora
     from vgr.seeding import derive_seed
 
     codec = instantiate(cfg.codec)
@@ -125,6 +136,16 @@ def build(cfg: DictConfig) -> tuple[callbacks.Training, pl.LightningDataModule, 
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = instantiate(cfg.text)
     model = instantiate(cfg.model)
+    if initial is not None:
+        load_initial({"model": model, "text": text}, initial, cfg.surgery)
+    if cfg.lora.rank:
+        if text.state_dict() and not any(name.startswith("text.") for name in initial):
+            raise ValueError(
+                f"lora.rank={cfg.lora.rank} trains adapters only, but init_from={cfg.init_from} holds no text encoder "
+                "of its own: give the run it is of, or take a frozen one (text=gemma2)"
+            )
+        text.requires_grad_(False)
+        lora.add(model, **cfg.lora)
     roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg)}
     return instantiate(cfg.training, **roles, seed=cfg.seed), data, codec
 
@@ -148,28 +169,39 @@ def read_teacher(cfg: DictConfig) -> dict[str, Any]:
     return {"teacher": {k: parts[k] for k in ("model", "text")}}
 
 
-def load_initial(module: callbacks.Training, path: Path, surgery: Sequence[str]) -> None:
-    """Weights only, the averaged ones of any run's checkpoint, converted to this stage's model by `surgery`."""
-    import torch
+def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] | None:
+    """The tensors of init_from, the averaged ones of a run, where a run begins with them or adapters sit on them.
 
+    Raises ValueError for `lora` that cannot be, FileNotFoundError for an init_from that is not there.
+    """
+    from vgr.training import rebuild
+
+    if cfg.lora.rank and cfg.init_from is None:
+        raise ValueError(f"lora.rank={cfg.lora.rank}: adapters sit on a frozen base; give init_from=<a run or weights>")
+    if cfg.lora.rank and (cfg.surgery or cfg.teacher is not None):
+        raise ValueError(f"lora.rank={cfg.lora.rank}: a frozen base takes no surgery and no teacher; leave them out")
+    if cfg.init_from is None or (checkpoint is not None and not cfg.lora.rank):
+        return None
+    if not Path(cfg.init_from).exists():
+        raise FileNotFoundError(
+            f"init_from={cfg.init_from} does not exist; give a run folder, a checkpoint in it, or weights: our export, "
+            "a diffusers folder or a released file"
+        )
+    return rebuild.read(cfg.init_from)[1]
+
+
+def load_initial(parts: dict[str, Any], initial: dict[str, Tensor], surgery: Sequence[str]) -> None:
+    """Copy the model that `initial` holds, converted to this stage's by `surgery`, and its text encoder if it has one.
+
+    Raises ValueError where they do not fit.
+    """
     from vgr.models import surgery as surgery_
-    from vgr.training import checkpoints
+    from vgr.training.rebuild import part_of
 
-    stored = checkpoints.read_weights(checkpoints.resolve(path))
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for source, tensors in (("stored", stored), ("fresh", module.ema_weights())):
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            groups.setdefault(part, {"stored": {}, "fresh": {}})[source][rest] = tensor
-    converted = {
-        f"{part}.{name}": tensor
-        for part, group in groups.items()
-        for name, tensor in surgery_.convert(**group, steps=surgery if part == "model" else ()).items()
-    }
-    with torch.no_grad():
-        for tensors in (module.weights(), module.ema_weights()):
-            for name, tensor in converted.items():
-                tensors[name].copy_(tensor)
+    for part, module in parts.items():
+        stored, fresh = part_of(initial, part), module.state_dict()
+        if stored:
+            module.load_state_dict(surgery_.convert(stored, fresh, surgery if part == "model" else ()))
 
 
 def prepare_run(
@@ -189,7 +221,7 @@ def prepare_run(
     from vgr.training import callbacks, checkpoints, tracking
 
     batches = data.val_batches(cfg.data.micro_batch)
-    generator = generator_record(cfg, module, codec, batches[0])
+    generator = generator_record(cfg, config, module, codec, batches[0])
     state = {"samples_seen": 0, "time_s": 0.0} if checkpoint is None else checkpoints.read_state(checkpoint)
     module.samples_seen = state["samples_seen"]
     data.start_batch, data.total_batches = module.step, -(-module.max_samples // module.global_batch)
@@ -259,12 +291,16 @@ def fit(
         trainer.fit(module, datamodule=data)
 
 
-def generator_record(cfg: DictConfig, module: callbacks.Training, codec: Any, batch: VideoBatch) -> dict[str, Any]:
+def generator_record(
+    cfg: DictConfig, config: dict[str, Any], module: callbacks.Training, codec: Any, batch: VideoBatch
+) -> dict[str, Any]:
     """generator.json: everything sampling needs beside the weights."""
     frames, height, width = batch.latents.shape[2:]
     parts = {"model": module.model, "text": module.text, "codec": codec}
+    base = {"base": cfg.init_from, "folder": str(Path.cwd()), "sha256": config.get("init_from_sha256")}
     return {
         "format": 1,
+        **({"lora": {**config["lora"], **base}} if cfg.lora.rank else {}),
         **{k: {"class": type(m).__name__, "config": m.config} for k, m in parts.items()},
         "codec_fingerprint": codec.fingerprint,
         "fps": float(batch.fps[0]),

@@ -117,11 +117,13 @@ def test_a_wide_gradient_names_its_parameter():
     """A loss that is finite with a gradient that is not, and a module that makes the first NaN."""
     from types import SimpleNamespace
 
+    from vgr.diffusion.objectives import flow_matching
     from vgr.models.codec import CosineCodec
     from vgr.training.world_model import WorldModelTraining
 
     module = WorldModelTraining(
-        torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), CosineCodec(), seed=1, global_batch=4, max_samples=8
+        torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), CosineCodec(), seed=1, global_batch=4, max_samples=8,
+        objective=flow_matching,
     )
     for p in (*module.model.parameters(), *module.text.parameters()):
         p.grad = torch.zeros_like(p)

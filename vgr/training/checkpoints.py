@@ -230,14 +230,19 @@ def read_weights(checkpoint: Path, part: str = "ema") -> dict[str, Tensor]:
 
 
 def weights_hash(checkpoint: Path, part: str = "ema") -> str:
-    """sha256 of the sorted names, dtypes, shapes and bytes of a verified part (ValueError if damaged).
+    """`tensors_hash` of a verified part (ValueError if damaged)."""
+    return tensors_hash(read_weights(checkpoint, part))
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 of sorted names, dtypes, shapes and bytes.
 
     Equal weights have equal hashes, which their files, with headers in any order and sharded by rank, have not.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(read_weights(checkpoint, part).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

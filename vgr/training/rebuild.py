@@ -1,15 +1,20 @@
-"""Model, text encoder and codec of a checkpoint, built again from its generator.json."""
+"""Model, text encoder and codec of a checkpoint, built again from its generator.json, with adapters merged."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from vgr.models import weights, world_model_weights
 from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
 from vgr.models.ltx2_vae import LTX2Codec
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
+from vgr.nn import lora
 from vgr.training import checkpoints
 
 KNOWN = {c.__name__: c for c in (WorldModel, ByteTextEncoder, Gemma2Text, CosineCodec, LTX2Codec)}
@@ -20,15 +25,75 @@ def rebuild(checkpoint: Path) -> dict[str, Any]:
 
     FileNotFoundError or ValueError name what is missing, damaged or does not fit.
     """
-    tensors = checkpoints.read_weights(checkpoint, "ema")
-    record = checkpoints.read_generator(checkpoint)
+    record, tensors = read(checkpoint)
     parts: dict[str, Any] = {}
     for part in ("model", "text", "codec"):
         if record[part]["class"] not in KNOWN:
             raise ValueError(f"{checkpoint} needs a {record[part]['class']}; this version has {', '.join(KNOWN)}")
         parts[part] = KNOWN[record[part]["class"]](**record[part]["config"])
     for part in ("model", "text"):
-        own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        own = part_of(tensors, part)
         checkpoints.match(own, {k: v.shape for k, v in parts[part].state_dict().items()}, checkpoint)
         parts[part].load_state_dict(own)
     return parts
+
+
+def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Tensors of `model` or `text` without that prefix, and without those of a release that no output depends on."""
+    unused = f"{part}.{weights.UNUSED}"
+    return {
+        k.removeprefix(f"{part}."): v
+        for k, v in tensors.items()
+        if k.startswith(f"{part}.") and not k.startswith(unused)
+    }
+
+
+def read(
+    source: str | Path, part: str = "ema", revision: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """generator.json and tensors (`model.*`, `text.*`) of a run (`part`: ema or weights), or weights in any form.
+
+    Adapters, a run's or a folder of PEFT's, come merged into their base. Of weights there is no text, and the record
+    has the model only.
+    FileNotFoundError or ValueError say what is missing, damaged, not a world model, or a base that has changed.
+    """
+    names = world_model_weights
+    try:
+        folder = checkpoints.resolve(Path(source))
+    except FileNotFoundError:
+        if Path(source, "adapter_config.json").is_file():
+            return _with_adapters(Path(source))
+        path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
+        config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
+        return {"model": {"class": "WorldModel", "config": config}}, {f"model.{k}": v for k, v in tensors.items()}
+    record, tensors = checkpoints.read_generator(folder), checkpoints.read_weights(folder, part)
+    if "lora" in record:
+        told = record["lora"]
+        tensors = lora.merge(_base(told, folder), tensors, told["alpha"] / told["rank"])
+    return record, tensors
+
+
+def _with_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A folder as `vgr-export format=lora` writes it, merged into the base that its configuration names."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = config.get("base_model_name_or_path")
+    if base is None or not Path(base).exists():
+        raise FileNotFoundError(f"{folder} holds adapters of {base}, which is not here: name it in adapter_config.json")
+    record, tensors = read(base)
+    try:
+        adapters, scale = lora.from_peft(config, weights.read_tensors(folder / "adapter_model.safetensors"))
+        return record, lora.merge(tensors, {f"model.{k}": v for k, v in adapters.items()}, scale)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _base(told: dict[str, Any], checkpoint: Path) -> dict[str, Tensor]:
+    """The frozen weights under a checkpoint's adapters, where it says or from where its training ran."""
+    paths = (Path(told["base"]), Path(told["folder"], told["base"]))
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{checkpoint} holds adapters of {paths[0]}, which is not here, nor is {paths[1]}")
+    _, tensors = read(path)
+    if checkpoints.tensors_hash(tensors) != told["sha256"]:
+        raise ValueError(f"{checkpoint} holds adapters of {path}, whose weights are not those it was trained on")
+    return tensors

@@ -26,7 +26,7 @@ from vgr.types import Codec, VideoBatch
 
 
 class WorldModelTraining(pl.LightningModule):
-    """Trains `model` and `text` jointly; `codec` only says how raw frames group into latent frames.
+    """Trains what of `model` and `text` is not frozen; `codec` only says how raw frames group into latent frames.
 
     objective: latents, positions, chunk of each frame and seed to what the model sees and should predict
     (`diffusion.objectives.flow_matching`, `distillation.ode.regression`). chunk: latent frames of a chunk, None for
@@ -62,7 +62,9 @@ class WorldModelTraining(pl.LightningModule):
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"training.schedule={schedule}: choose constant or cosine")
         self.model, self.text = model, text
-        average = {"model": copy.deepcopy(model), "text": copy.deepcopy(text)}
+        # Frozen parameters (the base of adapters) are their own average, and are held once.
+        frozen = {id(p): p for m in (model, text) for p in m.parameters() if not p.requires_grad}
+        average = copy.deepcopy({"model": model, "text": text}, frozen)
         self.ema = nn.ModuleDict(average).requires_grad_(False)
         self.objective, self.chunk, self.stride = objective, chunk, codec.stride[0]
         self.seed, self.global_batch, self.max_samples = seed, global_batch, max_samples
@@ -130,8 +132,9 @@ class WorldModelTraining(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.samples_seen += self.global_batch
         decay = optim.ema_decay(self.samples_seen, self.global_batch, self.ema_half_life)
-        trained = [*self.model.parameters(), *self.text.parameters()]
-        optim.ema_update(self.ema.parameters(), trained, decay)
+        current = [*self.model.parameters(), *self.text.parameters()]
+        pairs = [(a, p) for a, p in zip(self.ema.parameters(), current, strict=True) if p.requires_grad]
+        optim.ema_update(*zip(*pairs), decay)
 
     def _divergence(self, loss: float, norm: float) -> str:
         """One line: step, samples with a non-finite loss, the first module or the parameters concerned."""
@@ -174,9 +177,14 @@ class WorldModelTraining(pl.LightningModule):
 
     def weights(self) -> dict[str, Tensor]:
         """Trained tensors by name, `model.*` and `text.*`, as live references."""
-        parts = {"model": self.model, "text": self.text}
-        return {f"{k}.{n}": v for k, m in parts.items() for n, v in m.state_dict().items()}
+        return self._unfrozen({"model": self.model, "text": self.text})
 
     def ema_weights(self) -> dict[str, Tensor]:
         """Averaged tensors under the same names."""
-        return {f"{k}.{n}": v for k, m in self.ema.items() for n, v in m.state_dict().items()}
+        return self._unfrozen(dict(self.ema.items()))
+
+    def _unfrozen(self, parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+        own = (("model", self.model), ("text", self.text))
+        frozen = {f"{k}.{n}" for k, m in own for n, p in m.named_parameters() if not p.requires_grad}
+        state = {f"{k}.{n}": v for k, m in parts.items() for n, v in m.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if name not in frozen}

@@ -51,7 +51,6 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
     from vgr.training import checkpoints
-    from vgr.training.rebuild import tensors_hash
 
     command.check_targets(cfg)
     config = OmegaConf.to_container(cfg, resolve=True)
@@ -60,7 +59,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     checkpoint = find_checkpoint(cfg.resume, run_dir)
     initial = read_initial(cfg, checkpoint)
     if cfg.lora.rank:  # the base is not in the checkpoints: it too is known by hash
-        config["init_from_sha256"] = tensors_hash(initial)
+        config["init_from_sha256"] = checkpoints.tensors_hash(initial)
     if checkpoint is not None:
         checkpoints.verify(checkpoint)
         refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)

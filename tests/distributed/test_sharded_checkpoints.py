@@ -103,7 +103,7 @@ def test_saved_at_two_ranks_loaded_at_one_and_four(tmp_path):
     average = {k: torch.zeros_like(v) for k, v in alone.state_dict().items()}
     checkpoints.restore(path, alone.state_dict(), average, alone, [fresh])
     assert all(torch.equal(average[k], 2 * first[k]) for k in first)
-    step(alone, [fresh])
+    step(alone, fresh)
     assert all(torch.equal(v, reference.state_dict()[k]) for k, v in alone.state_dict().items())
 
     launch(4, "load", tmp_path)

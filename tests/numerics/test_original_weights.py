@@ -1,6 +1,7 @@
 """The original release's files, made up with its exact keys and shapes: at full size on the meta device, and narrow
 with random numbers, where our model gives what diffusers' port gives with the same tensors."""
 
+import inspect
 import logging
 from types import SimpleNamespace
 
@@ -99,7 +100,9 @@ def test_full_size_has_the_published_keys_and_counts():
     assert in_file - 2_661_343_088 == 300 * 2304 + 4 * 2240 + 20 + 5 * (2 * (20 * 2240 + 20) + 40)
     config, tensors = world_model_weights.from_original({}, released)
     assert config == {**{k: model.config[k] for k in config}, "softmax_bf16": True}
-    assert all(model.config[k] is None for k in model.config.keys() - config.keys())  # the scales follow the heads
+    # What a file does not tell is as constructed: the scales follow the heads, the memory holds everything.
+    told = inspect.signature(WorldModel).parameters
+    assert all(model.config[k] == told[k].default for k in model.config.keys() - config.keys())
     used = {k: t.shape for k, t in tensors.items() if not k.startswith(weights.UNUSED)}
     assert used == {k: t.shape for k, t in own.items()}
     _, written = world_model_weights.to_original(model.config, own)

@@ -46,7 +46,7 @@ def test_restored_training_goes_on_bit_for_bit(tmp_path):
     model = network()
     optimizer = adamw(model)
     train(model, optimizer, 3)
-    path = save(tmp_path, 3, model, [optimizer])
+    path = save(tmp_path, 3, model, optimizer)
     other = network(seed=9)
     fresh = adamw(other)
     ema = {k: torch.zeros_like(v) for k, v in other.state_dict().items()}
@@ -65,7 +65,7 @@ def test_parameters_without_gradient_have_no_state(tmp_path):
     optimizer = adamw(model)
     model[0](torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    path = save(tmp_path, 1, model, [optimizer])
+    path = save(tmp_path, 1, model, optimizer)
     other = network(1)
     fresh = adamw(other)
     checkpoints.restore(path, other.state_dict(), {k: v.clone() for k, v in other.state_dict().items()}, other, [fresh])
@@ -85,7 +85,7 @@ def test_the_newest_are_kept(tmp_path):
     model = network()
     optimizer = adamw(model)
     for step in range(1, 6):
-        save(tmp_path, step, model, [optimizer])
+        save(tmp_path, step, model, optimizer)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000004", "step_00000005"]
 
 
@@ -140,7 +140,7 @@ def damage_format(path):
 def test_damage_is_refused_by_name_with_the_previous_good_one(tmp_path, damage):
     model = network()
     optimizer = adamw(model)
-    good, bad = save(tmp_path, 1, model, optimizer), save(tmp_path, 2, model, [optimizer])
+    good, bad = save(tmp_path, 1, model, optimizer), save(tmp_path, 2, model, optimizer)
     named = damage(bad)
     with pytest.raises(ValueError) as caught:
         checkpoints.verify(checkpoints.latest(tmp_path))

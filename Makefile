@@ -15,7 +15,8 @@ demo: $(VENV)/.ready
 	@echo "report: $(CURDIR)/$(RUN)/bench/smoke/report.html"
 
 # Base, chunk-causal, ODE, self-forcing at tiny size, each from the last one's file; run again it goes on.
-STAGES := chunk_causal ode self_forcing
+STUDENTS := ode self_forcing
+STAGES := chunk_causal $(STUDENTS)
 chain: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
 	$(BIN)/vgr-train experiments=world_model/tiny
@@ -24,7 +25,8 @@ chain: $(VENV)/.ready
 	$(BIN)/vgr-train experiments=world_model/ode size=tiny
 	$(BIN)/vgr-train experiments=world_model/self_forcing size=tiny
 	for run in tiny $(STAGES:%=%_tiny); do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke || exit; done
-	for run in tiny chunk_causal_tiny; do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke_four_steps || exit; done
+	$(BIN)/vgr-bench checkpoint=runs/world_model/chunk_causal_tiny/seed1 protocol=smoke_four_steps
+	$(BIN)/python -m benchmarks.few_steps $(RUN) $(STUDENTS:%=runs/world_model/%_tiny/seed1) --out runs/chain/few_steps.json
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

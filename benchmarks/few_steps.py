@@ -2,9 +2,10 @@
 
     python -m benchmarks.few_steps runs/world_model/tiny/seed1 runs/world_model/ode_tiny/seed1
 
-For every held-out clip the teacher solves its ODE in --steps steps from fixed noise; that solution is the target. Each
-student streams chunk by chunk at its own times from the same noise, the teacher walks its grid in as many steps. The
-mean squared latent distance over generated frames is paired over clips. Writes JSON to --out.
+For every held-out clip the teacher solves its ODE in --steps steps from fixed noise: the target. Each student streams
+chunk by chunk at its own times (a model without any: its grid in as many steps) from the same noise, the teacher walks its
+grid in as many steps. The mean squared latent distance over generated frames is paired over clips.
+Writes JSON to --out.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def condition(run: dict[str, Any], batch: VideoBatch, chunk: int | None) -> Any:
     return conditioning(run["text"], batch.captions, batch.cameras, batch.shot, run["codec"].stride[0], chunk)
 
 
-def student(run: dict[str, Any], batch: VideoBatch, noise: Tensor) -> Tensor:
+def student(run: dict[str, Any], batch: VideoBatch, noise: Tensor, few: int) -> Tensor:
     cond = condition(run, batch, run["chunk"])
-    sigmas = torch.tensor(run["sampling"]["sigmas"], dtype=torch.float64)
+    own, shift = run["sampling"]["sigmas"], run["sampling"]["shift"]
+    sigmas = torch.tensor(own, dtype=torch.float64) if own else sigma_grid(few, shift)
     first = batch.latents[:, :, :1]
 
     def start(position: Tensor, _step: int) -> Tensor:
@@ -70,7 +72,7 @@ def main() -> None:
         cond, first = condition(teacher, batch, None), batch.latents[:, :, :1]
         target = euler(teacher["model"], noise, cond, sigma_grid(args.steps, shift), first)
         made = {"teacher": euler(teacher["model"], noise, cond, sigma_grid(few, shift), first)}
-        made |= {name: student(run, batch, noise) for name, run in students.items()}
+        made |= {name: student(run, batch, noise, few) for name, run in students.items()}
         for name, latents in made.items():
             distances[name].append((latents - target)[:, :, 1:].square().mean((1, 2, 3, 4)))
     rows = {name: torch.cat(parts) for name, parts in distances.items()}

@@ -144,10 +144,10 @@ class Generator:
             for latents in self._denoise(denoiser, cond, seeds, first, progress):
                 denoise += self._clock() - mark
                 if not pieces:
-                    pieces.append(self._to_bytes(decode(latents[:, :, :1])))
+                    pieces.append(self.decoded(decode, latents[:, :, :1]))
                     latents, first_at = latents[:, :, 1:], self._clock()
                 if latents.shape[2]:
-                    pieces.append(self._to_bytes(decode(latents)))
+                    pieces.append(self.decoded(decode, latents))
                 for piece in pieces[told:] if watch is not None else ():
                     watch(piece)
                 told, mark = len(pieces), self._clock()
@@ -188,10 +188,16 @@ class Generator:
         import torch
 
         video = torch.from_numpy(images).permute(0, 3, 1, 2).unsqueeze(2).to(self.device)
-        return self.codec.encode(video.float() / 127.5 - 1.0)
+        with torch.autocast(self.device, enabled=False):  # the latents of training are fp32
+            return self.codec.encode(video.float() / 127.5 - 1.0)
 
-    def _to_bytes(self, video: Tensor) -> np.ndarray:
-        return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+    def decoded(self, decode: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarray:
+        """Latents (B,C,T,H,W) as videos (B,F,H,W,3) uint8; the codec works outside autocast, as in preparing data."""
+        import torch
+
+        with torch.autocast(self.device, enabled=False):
+            video = (decode(latents).clamp(-1, 1) + 1) * 127.5
+        return video.round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
     def _clock(self) -> float:
         if self.device == "cuda":

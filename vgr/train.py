@@ -239,7 +239,7 @@ def prepare_run(
 def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     """cfg.trainer with accumulation, and with `precision: auto` as bf16-mixed on a GPU that has it, else fp32.
 
-    Raises ValueError for a GPU that is not there and for batches that do not divide.
+    Raises ValueError for a GPU that is not there, devices or a precision it cannot take, batches that do not divide.
     """
     import logging
 
@@ -252,6 +252,13 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"trainer.accelerator={settings['accelerator']}, but torch finds no GPU: use trainer=cpu")
     if settings["precision"] == "auto":
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    if settings["precision"] not in ("bf16-mixed", "32-true"):
+        raise ValueError(
+            f"trainer.precision={settings['precision']}: choose auto, bf16-mixed or 32-true; weights stay fp32, and "
+            "gradients are clipped without a loss scaler"
+        )
+    if not isinstance(settings["devices"], int) or settings["devices"] < 1:
+        raise ValueError(f"trainer.devices={settings['devices']}: give their number; the global batch is dealt to them")
     world = settings["devices"] * settings["num_nodes"]
     batch, micro = cfg.training.global_batch, cfg.data.micro_batch
     if micro < 1 or batch % (micro * world):
@@ -271,8 +278,10 @@ def fit(
 
     if data.start_batch >= data.total_batches:
         return
-    if not module.automatic_optimization:  # it accumulates itself
+    if not module.automatic_optimization:  # it accumulates itself, and a backward pass reaches one of two networks
         settings = {**settings, "accumulate_grad_batches": 1}
+        if settings["devices"] * settings["num_nodes"] > 1 and settings["strategy"] in ("auto", "ddp"):
+            settings["strategy"] = "ddp_find_unused_parameters_true"
     trainer = instantiate(
         settings,
         logger=False,
@@ -323,12 +332,11 @@ def sample_writer(
 
     cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])
     captions = batch.captions[:clips]
-    video = (codec.decode(batch.latents[:clips]).clamp(-1, 1) + 1) * 127.5
-    truth = video.round().byte().permute(0, 2, 3, 4, 1).numpy()
 
     def write(module: callbacks.Training, path: Path) -> None:
         parts = {**module.ema, "codec": codec}
         generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
+        truth = generator.decoded(codec.decode, batch.latents[:clips].to(module.device))
         made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))])
         pairs = np.concatenate([truth, made], axis=3)
         write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])  # clips below each other

@@ -85,6 +85,8 @@ def test_weights_only_from_another_run(trained):
         (["resume=nowhere"], "nowhere"),
         (["training.schedule=linear"], "training.schedule=linear"),
         (["trainer=gpu"], "trainer=cpu"),
+        (["trainer.devices=auto"], "trainer.devices=auto"),
+        (["trainer.precision=16-mixed"], "choose auto, bf16-mixed or 32-true"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(trained, arguments, message, monkeypatch):

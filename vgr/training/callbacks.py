@@ -59,8 +59,8 @@ class BetweenSteps(pl.Callback):
 
     every: samples between two of each of log, validate, sample, save; the last step also validates, in any
     case. config and generator go into the checkpoints, of which the newest `keep` stay. batches: held-out
-    clips. write_sample(module, path) writes an mp4. On SIGTERM or SIGUSR1 the run saves and stops after the
-    step at hand; `signal` says so.
+    clips. write_sample(module, path) writes an mp4. On SIGTERM or SIGUSR1 to any rank the run saves and stops
+    after the step at hand; `signal` says so on all of them.
     """
 
     def __init__(
@@ -109,9 +109,12 @@ class BetweenSteps(pl.Callback):
             path.parent.mkdir(exist_ok=True)
             self.write_sample(module, path)
             self.record.log_video(path, module.samples_seen)
-        if due(module, self.every["save"]) or self.signal is not None:
+        # Ranks hear of a signal at different steps, and saving is for all of them together.
+        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+        if due(module, self.every["save"]) or stop:
             self._save(module)
-        if self.signal is not None:
+        if stop:
+            self.signal = self.signal or signal.SIGTERM
             trainer.should_stop = True
         if trainer.is_global_zero:
             self._show(module)

@@ -67,11 +67,12 @@ class SelfForcing(pl.LightningModule):
         self.automatic_optimization = False
         self.model, self.text, self.critic = model, text.requires_grad_(False), copy.deepcopy(teacher["model"])
         self.critic.requires_grad_(True)
+        self.critic.activation_checkpointing = model.activation_checkpointing  # a rebuilt teacher has none
         self.teacher = nn.ModuleDict(teacher).requires_grad_(False)
         average = {"model": copy.deepcopy(model), "text": text}
         self.ema = nn.ModuleDict(average).requires_grad_(False)
         self.chunk, self.stride = chunk, codec.stride[0]
-        self.register_buffer("sigmas", torch.tensor(list(sigmas), dtype=torch.float64), persistent=False)
+        self.sigmas = torch.tensor(list(sigmas), dtype=torch.float64)
         self.seed, self.global_batch, self.max_samples = seed, global_batch, max_samples
         self.rates, self.critic_steps, self.clip = (lr, lr * critic_lr_factor), critic_steps, clip
         self.adam = (weight_decay, tuple(betas), eps)
@@ -147,16 +148,21 @@ class SelfForcing(pl.LightningModule):
         if self._students_turn:
             loss_B, sample = self.generator_losses(batch)
             values = {"train/student_loss": loss_B.mean(), **_health(sample, batch.latents)}
-            self.manual_backward(loss_B.mean() / parts)
+            self._backward(loss_B.mean() / parts)
         critic_B = self.critic_losses(batch)
         values["train/loss"] = critic_B.mean()
-        self.manual_backward(critic_B.mean() / parts)
+        self._backward(critic_B.mean() / parts)
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach() / parts
         self._micro_batches += 1
         if self._micro_batches == parts:
             self._micro_batches = 0
             self._update(batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        # A manual backward pass runs inside the step's autocast, which would round the fp32 parts' gradients to bf16.
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
 
     @property
     def _students_turn(self) -> bool:

@@ -22,20 +22,24 @@ class TeacherPaths:
     """Trajectories of `teacher` (a run) under the text, cameras and first frames of `clips` (a folder of shards).
 
     times: where a trajectory is kept, falling from 1 to 0; steps, shift, guidance: how the teacher samples; batch:
-    trajectories made at once. Trajectory i takes clip i, round and round, with noise of (seed, i).
+    trajectories made at once; frames: raw frames of a trajectory, those of a clip's start (None: all). Trajectory i
+    takes clip i, round and round, with noise of (seed, i).
     """
 
     def __init__(
-        self, teacher: str, clips: str, times: Sequence[float], steps: int, shift: float, guidance: float, batch: int
-    ) -> None:
+        self, teacher: str, clips: str, times: Sequence[float], steps: int, shift: float, guidance: float, batch: int,
+        frames: int | None = None,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoints.resolve(Path(teacher))
-        self.times, self.guidance, self.batch = [float(t) for t in times], guidance, batch
+        self.times, self.guidance, self.batch, self.frames = [float(t) for t in times], guidance, batch, frames
         if self.times != sorted(self.times, reverse=True) or self.times[0] != 1.0 or self.times[-1] != 0.0:
             raise ValueError(f"source.times={self.times} must fall from 1 to 0")
         self.grid = sigma_grid(steps, shift)
         self.parts = rebuild(self.checkpoint)
         self.shards = Shards(clips, self.parts["codec"].fingerprint)
         self.settings = {"steps": steps, "shift": shift, "guidance": guidance, "clips": clips}
+        if frames is not None:
+            self.settings["frames"] = frames
 
     def write(self, folder: Path, count: int, seed: int, progress: Callable[[int], None], device: str) -> int:
         """Write `count` trajectories as shards of S*C channels, continuing what stands; returns how many were new."""
@@ -56,7 +60,7 @@ class TeacherPaths:
             while done < count:
                 numbers = range(done, min(done + self.batch, count))
                 samples = [self.shards.read(i % len(self.shards)) for i in numbers]
-                batch = collate(samples, numbers).to(device)
+                batch = collate(samples, numbers, self.frames).to(device)
                 with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                     cond = conditioning(text, batch.captions, batch.cameras, batch.shot, codec.stride[0], None)
                     null = text(tuple(("",) * len(row) for row in batch.captions))
@@ -64,7 +68,8 @@ class TeacherPaths:
                     denoiser = guided(model, self.guidance, null)
                     path = trajectory(denoiser, noise, cond, self.times, self.grid, batch.latents[:, :, :1])
                 for i, sample, latents in zip(numbers, samples, path.flatten(1, 2).cpu().numpy()):
-                    writer.add(f"path-{i:06d}", latents, sample.c2w, sample.intrinsics, sample.meta)
+                    kept = slice(batch.cameras.c2w.shape[1])
+                    writer.add(f"path-{i:06d}", latents, sample.c2w[kept], sample.intrinsics[kept], sample.meta)
                 done = numbers.stop
                 progress(len(numbers))
         return count - start

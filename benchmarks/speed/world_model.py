@@ -27,7 +27,7 @@ from benchmarks.speed.sana_port import Inputs, fp32_softmax, from_port, make_inp
 # name: width, heads, layers, latent channels, text width, raw frames, batch, latent frames, grid
 SIZES: dict[str, tuple[int, int, int, int, int, int, int, int, tuple[int, int]]] = {
     "small": (64, 2, 4, 32, 64, 8, 4, 5, (6, 8)),
-    "demo": (128, 4, 4, 46, 64, 8, 8, 13, (6, 8)),
+    "demo": (128, 4, 4, 82, 64, 8, 4, 15, (6, 8)),
     "large": (256, 8, 8, 46, 128, 8, 2, 13, (12, 16)),
 }
 LENGTHS = (5, 13, 25, 49, 97)

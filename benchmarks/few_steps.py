@@ -3,8 +3,8 @@
     python -m benchmarks.few_steps runs/world_model/tiny/seed1 runs/world_model/ode_tiny/seed1
 
 For every held-out clip the teacher solves its ODE in --steps steps from fixed noise: the target. Each student streams
-chunk by chunk at its own times (a model without any: its grid in as many steps) from the same noise, and the teacher walks
-its grid in as many steps. The mean squared latent distance over generated frames is paired over clips.
+chunk by chunk at its own times (a model without any: its grid in as many steps) from the same noise, and the teacher
+walks its grid in as many steps. The mean squared latent distance over generated frames is paired over clips.
 Writes JSON to --out.
 """
 

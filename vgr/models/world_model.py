@@ -157,16 +157,9 @@ class WorldModel(nn.Module):
         self.attention_y_norm = RMSNorm(width, 1e-5, scale=0.01)
         kinds = ["softmax" if softmax_every and (i + 1) % softmax_every == 0 else mixer for i in range(layers)]
         renorm = {"softmax": cam_renorm_softmax, mixer: cam_renorm_gdn}
-        reach = (softmax_scale, cam_softmax_scale, sink, window, cam_filter_isolated, scan_backend)
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                heads,
-                mlp_ratio,
-                DualAttention(width, heads, kind, conv_kernel, renorm[kind], softmax_bf16, *reach),
-            )
-            for kind in kinds
-        )
+        rest = (softmax_bf16, softmax_scale, cam_softmax_scale, sink, window, cam_filter_isolated, scan_backend)
+        attentions = (DualAttention(width, heads, kind, conv_kernel, renorm[kind], *rest) for kind in kinds)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for attention in attentions)
         self.final_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.final_linear = nn.Linear(width, in_channels)
         self.reset_parameters()

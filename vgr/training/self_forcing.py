@@ -215,9 +215,7 @@ class SelfForcing(pl.LightningModule):
 
 def _health(sample: Tensor, data: Tensor) -> dict[str, Tensor]:
     """Movement between frames and spread of the samples over those of the data: 1 is alike, 0 a still or grey video."""
-
-    def over_data(measure: Tensor, reference: Tensor) -> Tensor:
-        return measure / reference.clamp_min(1e-6)
-
-    motion = [(x[:, :, 1:] - x[:, :, :-1]).abs().mean() for x in (sample, data)]
-    return {"train/motion_ratio": over_data(*motion), "train/std_ratio": over_data(sample.std(), data.std())}
+    motions = [(x[:, :, 1:] - x[:, :, :-1]).abs().mean() for x in (sample, data)]
+    deviations = [x.std() for x in (sample, data)]
+    pairs = {"train/motion_ratio": motions, "train/std_ratio": deviations}
+    return {name: own / reference.clamp_min(1e-6) for name, (own, reference) in pairs.items()}

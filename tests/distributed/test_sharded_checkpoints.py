@@ -11,7 +11,7 @@ from torch import nn
 from vgr.training import checkpoints, optim
 
 RANK_PROGRAM = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from pathlib import Path
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,6 +43,8 @@ else:
         torch.save(result, folder / f"after_{dist.get_world_size()}")
 dist.barrier()
 dist.destroy_process_group()
+# Gloo's threads may still drop tensors of Python's; one that does while the interpreter ends aborts the process.
+os._exit(0)
 """
 
 

@@ -92,6 +92,12 @@ class Layout:
     def frames(self, a: int, b: int) -> Layout:
         return Layout(self.position[a:b], self.chunk[a:b], self.role[a:b], self.shot[:, a:b])
 
+    def packed(self) -> Layout:
+        """Packed teacher forcing: every frame once as context, then once as target, at equal positions."""
+        position, chunk = self.position.repeat(2), self.chunk.repeat(2)
+        role = torch.cat([torch.ones_like(self.role), torch.zeros_like(self.role)])
+        return Layout(position, chunk, role, self.shot.repeat(1, 2))
+
 
 @dataclass(frozen=True)
 class TextStates:
@@ -117,6 +123,11 @@ class Conditioning:
         """The same conditioning for latent frames a (included) to b (excluded); positions are kept."""
         cameras = None if self.cameras is None else self.cameras.frames(a, b)
         return dataclasses.replace(self, layout=self.layout.frames(a, b), cameras=cameras)
+
+    def packed(self) -> Conditioning:
+        """Of a call with each frame twice, as context and as target: see `Layout.packed`."""
+        cameras = None if self.cameras is None else _map_tensors(self.cameras, lambda x: torch.cat([x, x], dim=1))
+        return dataclasses.replace(self, layout=self.layout.packed(), cameras=cameras)
 
     def to(self, device: torch.device | str) -> Conditioning:
         return _map_tensors(self, lambda x: x.to(device))

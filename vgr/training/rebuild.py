@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vgr.models import weights, world_model_weights
+from vgr.models import causal_video_weights, weights, world_model_weights
+from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
 from vgr.models.ltx2_vae import LTX2Codec
@@ -17,7 +18,9 @@ from vgr.models.world_model import WorldModel
 from vgr.nn import lora
 from vgr.training import checkpoints
 
-KNOWN = {c.__name__: c for c in (WorldModel, ByteTextEncoder, Gemma2Text, CosineCodec, LTX2Codec)}
+KNOWN = {c.__name__: c for c in (WorldModel, CausalVideo, ByteTextEncoder, Gemma2Text, CosineCodec, LTX2Codec)}
+# Translations of weights by the model they are of.
+WEIGHTS = {"WorldModel": world_model_weights, "CausalVideo": causal_video_weights}
 
 
 def rebuild(checkpoint: Path) -> dict[str, Any]:
@@ -57,20 +60,34 @@ def read(
     has the model only.
     FileNotFoundError or ValueError say what is missing, damaged, not a world model, or a base that has changed.
     """
-    names = world_model_weights
     try:
         folder = checkpoints.resolve(Path(source))
     except FileNotFoundError:
         if Path(source, "adapter_config.json").is_file():
             return _with_adapters(Path(source))
-        path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
-        config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
-        return {"model": {"class": "WorldModel", "config": config}}, {f"model.{k}": v for k, v in tensors.items()}
+        name, config, tensors = _weights(source, revision)
+        return {"model": {"class": name, "config": config}}, {f"model.{k}": v for k, v in tensors.items()}
     record, tensors = checkpoints.read_generator(folder), checkpoints.read_weights(folder, part)
     if "lora" in record:
         told = record["lora"]
         tensors = lora.merge(_base(told, folder), tensors, told["alpha"] / told["rank"])
     return record, tensors
+
+
+def _weights(source: str | Path, revision: str | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Class name, constructor arguments and tensors of weights in any model's forms."""
+    known = WEIGHTS.values()
+    patterns = sorted({pattern for names in known for pattern in names.PATTERNS})
+    path = weights.fetch(source, revision, patterns, " ".join(names.HOW_TO_GET for names in known))
+    adapters = {form: translate for names in known for form, translate in names.ADAPTERS.items()}
+    config, tensors = weights.load_folder(path, {**adapters, None: _from_original}, world_model_weights.INSIDE)
+    return "CausalVideo" if "patch_embed.weight" in tensors else "WorldModel", config, tensors
+
+
+def _from_original(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Of a file without a configuration: the two releases' patch layers have different names."""
+    names = causal_video_weights if any("patch_embedding." in name for name in tensors) else world_model_weights
+    return names.ADAPTERS[None](config, tensors)
 
 
 def _with_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -14,11 +14,14 @@ from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
 from vgr.models.ltx2_vae import LTX2Codec
 from vgr.models.text import ByteTextEncoder
+from vgr.models.umt5 import UMT5Text
+from vgr.models.wan_vae import WanCodec
 from vgr.models.world_model import WorldModel
 from vgr.nn import lora
 from vgr.training import checkpoints
 
-KNOWN = {c.__name__: c for c in (WorldModel, CausalVideo, ByteTextEncoder, Gemma2Text, CosineCodec, LTX2Codec)}
+PARTS = (WorldModel, CausalVideo, ByteTextEncoder, Gemma2Text, UMT5Text, CosineCodec, LTX2Codec, WanCodec)
+KNOWN = {part.__name__: part for part in PARTS}
 # Translations of weights by the model they are of.
 WEIGHTS = {"WorldModel": world_model_weights, "CausalVideo": causal_video_weights}
 

@@ -116,11 +116,13 @@ class Generator:
         seeds: list[int],
         progress: Callable[[int], None] | None = None,
         watch: Callable[[np.ndarray], None] | None = None,
+        shot: Tensor | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """First frames (B,H,W,3) uint8 (None: the model imagines them) to videos (B,F,H,W,3) uint8 and seconds spent.
 
         cameras: F raw frames, F at most max_frames. seeds: one a video; its noise depends on nothing else. watch:
-        hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams.
+        hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams. shot (B,T): which
+        caption each latent frame follows; None: the first.
         """
         import torch
 
@@ -131,11 +133,12 @@ class Generator:
             raise ValueError(f"{cameras.c2w.shape[1]} frames asked; this model makes up to {self.max_frames}")
         start = mark = self._clock()
         batch, frames = cameras.c2w.shape[:2]
-        shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64, device=self.device)
+        if shot is None:
+            shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64)
         pieces: list[np.ndarray] = []
         first_at, denoise, told = start, 0.0, 0
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            cond = conditioning(self.text, captions, cameras.to(self.device), shot, self.stride, self.chunk)
+            cond = conditioning(self.text, captions, cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
             null = self.text(tuple(("",) * len(row) for row in captions))
             first = None if first_frames is None else self._encode(first_frames)
             scale = 1.0 if self.sampling["sigmas"] else self.sampling["guidance"]
@@ -173,7 +176,8 @@ class Generator:
         sigmas = torch.tensor(own, dtype=torch.float64) if own else timesteps.sigma_grid(steps, shift)
         if self.sampling["method"] == "stream":
             noise = samplers.frame_noise(seeds, (self.codec.channels, height, width), self.device)
-            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first)
+            renoise = self.sampling.get("renoise", False)
+            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first, renoise=renoise)
             for i, (latents, _) in enumerate(chunks):
                 if progress is not None:
                     progress(i)

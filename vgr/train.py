@@ -331,13 +331,13 @@ def sample_writer(
     from vgr.types import Cameras
 
     cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])
-    captions = batch.captions[:clips]
+    captions, shot = batch.captions[:clips], batch.shot[:clips]
 
     def write(module: callbacks.Training, path: Path) -> None:
         parts = {**module.ema, "codec": codec}
         generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
         truth = generator.decoded(codec.decode, batch.latents[:clips].to(module.device))
-        made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))])
+        made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))], shot=shot)
         pairs = np.concatenate([truth, made], axis=3)
         write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])  # clips below each other
 

@@ -24,6 +24,8 @@ from vgr.nn.rope import rotate
 from vgr.nn.temporal import part, symmetric_filter
 from vgr.types import Shard
 
+OPEN_GATE = 1.2784645  # SiLU of it is 1
+
 
 @dataclass(frozen=True)
 class CameraFrames:
@@ -142,7 +144,7 @@ class DualAttention(nn.Module):
     def reset_special(self) -> None:
         """The inits that make a new block start as plain linear attention without a camera (spec 3.2, 4.2)."""
         nn.init.zeros_(self.output_gate.weight)
-        nn.init.constant_(self.output_gate.bias, 1.27846)  # SiLU of it is 1
+        nn.init.constant_(self.output_gate.bias, OPEN_GATE)
         nn.init.zeros_(self.out_proj_cam.weight)
         nn.init.zeros_(self.out_proj_cam.bias)
         with torch.no_grad():

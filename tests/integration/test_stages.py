@@ -116,6 +116,18 @@ def test_each_stage_samples_by_its_own_method(chain, stage):
         assert timings["first_frame_s"] < timings["total_s"]
 
 
+def test_guidance_of_a_student_is_refused_unless_it_samples_as_a_teacher(chain):
+    from vgr.sample import Generator
+
+    student = chain[0] / "runs/forcing/seed1"
+    with pytest.raises(ValueError, match="guidance=3.0: .* is a few-step student"):
+        Generator.load(student, "cpu", guidance=3.0)
+    assert Generator.load(student, "cpu", guidance=1.0).sampling["sigmas"] == TIMES
+    assert Generator.load(student, "cpu").sampling["guidance"] == 1.0
+    assert Generator.load(student, "cpu", steps=4, guidance=3.0).sampling["guidance"] == 3.0
+    assert Generator.load(chain[0] / "runs/mini/seed1", "cpu", guidance=3.0).sampling["guidance"] == 3.0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

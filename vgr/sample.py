@@ -47,7 +47,8 @@ class Generator:
         self.size_hw = tuple(record["size_hw"])
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
-        self.chunk, self.sampling = record.get("chunk"), sampling
+        # A student's times have its teacher's guidance trained in.
+        self.chunk, self.sampling = record.get("chunk"), sampling | ({"guidance": 1.0} if sampling["sigmas"] else {})
         if sampling["method"] not in METHODS:
             raise ValueError(f"sampling.method={sampling['method']}: choose from {', '.join(METHODS)}")
         if self.chunk is None and sampling["method"] != "joint":
@@ -70,13 +71,17 @@ class Generator:
         from vgr.training.rebuild import rebuild
 
         folder = checkpoints.resolve(Path(checkpoint))
-        parts = rebuild(folder)
         record = checkpoints.read_generator(folder)
-        digest = checkpoints.weights_hash(folder, "ema")
         given = {"steps": steps, "shift": shift, "guidance": guidance}
         if steps is not None or shift is not None:
             given["sigmas"] = []  # a student's own times give way
         sampling = {**record["sampling"], **{k: v for k, v in given.items() if v is not None}}
+        if sampling["sigmas"] and guidance not in (None, 1.0):
+            raise ValueError(
+                f"guidance={guidance}: {checkpoint} is a few-step student with its teacher's guidance trained in; "
+                "leave guidance out, or give steps= too, to sample it as an ordinary model"
+            )
+        parts, digest = rebuild(folder), checkpoints.weights_hash(folder, "ema")
         data = checkpoints.read_state(folder)["config"]["data"]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,8 +146,7 @@ class Generator:
             cond = conditioning(self.text, captions, cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
             null = self.text(tuple(("",) * len(row) for row in captions))
             first = None if first_frames is None else self._encode(first_frames)
-            scale = 1.0 if self.sampling["sigmas"] else self.sampling["guidance"]
-            denoiser = guidance.guided(self.model, scale, null)
+            denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
             decode = self.codec.stream()
             for latents in self._denoise(denoiser, cond, seeds, first, progress):
                 denoise += self._clock() - mark

@@ -121,6 +121,7 @@ def build(
 
     from vgr.nn import lora
     from vgr.seeding import derive_seed
+    from vgr.training.rebuild import refuse_other_codec
 
     codec = instantiate(cfg.codec)
     global_batch = cfg.training.global_batch
@@ -136,6 +137,8 @@ def build(
     text = instantiate(cfg.text)
     model = instantiate(cfg.model)
     if initial is not None:
+        if "latents" not in cfg.surgery:
+            refuse_other_codec("init_from", cfg.init_from, codec)
         load_initial({"model": model, "text": text}, initial, cfg.surgery)
     if cfg.lora.rank:
         if text.state_dict() and not any(name.startswith("text.") for name in initial):
@@ -145,18 +148,20 @@ def build(
             )
         text.requires_grad_(False)
         lora.add(model, **cfg.lora)
-    roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg)}
+    roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg, codec)}
     return instantiate(cfg.training, **roles, seed=cfg.seed), data, codec
 
 
-def read_teacher(cfg: DictConfig) -> dict[str, Any]:
-    """{"teacher": its model and text encoder} if training takes one. Raises ValueError where one is missing or idle."""
+def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:
+    """{"teacher": its model and text encoder} if training takes one.
+
+    Raises ValueError where one is missing, idle, chunk-causal or of another codec.
+    """
     import inspect
 
     from hydra.utils import get_class
 
-    from vgr.training import checkpoints
-    from vgr.training.rebuild import rebuild
+    from vgr.training.rebuild import rebuild_teacher
 
     taken = "teacher" in inspect.signature(get_class(cfg.training._target_)).parameters
     if taken != (cfg.teacher is not None):
@@ -164,7 +169,7 @@ def read_teacher(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} {'needs' if taken else 'has no'} one; {fix}")
     if not taken:
         return {}
-    parts = rebuild(checkpoints.resolve(Path(cfg.teacher)))
+    parts = rebuild_teacher(cfg.teacher, codec)
     return {"teacher": {k: parts[k] for k in ("model", "text")}}
 
 

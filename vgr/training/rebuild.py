@@ -19,6 +19,7 @@ from vgr.models.wan_vae import WanCodec
 from vgr.models.world_model import WorldModel
 from vgr.nn import lora
 from vgr.training import checkpoints
+from vgr.types import Codec
 
 PARTS = (WorldModel, CausalVideo, ByteTextEncoder, Gemma2Text, UMT5Text, CosineCodec, LTX2Codec, WanCodec)
 KNOWN = {part.__name__: part for part in PARTS}
@@ -42,6 +43,33 @@ def rebuild(checkpoint: Path) -> dict[str, Any]:
         checkpoints.match(own, {k: v.shape for k, v in parts[part].state_dict().items()}, checkpoint)
         parts[part].load_state_dict(own)
     return parts
+
+
+def rebuild_teacher(run: str | Path, codec: Codec | None = None) -> dict[str, Any]:
+    """`rebuild` of a run that is asked for whole clips, in latents of `codec` if given. ValueError if it cannot be."""
+    checkpoint = checkpoints.resolve(Path(run))
+    chunk = checkpoints.read_generator(checkpoint).get("chunk")
+    if chunk is not None:
+        raise ValueError(
+            f"teacher={run} is chunk-causal (its training.chunk={chunk}); a teacher sees whole clips: give a "
+            "bidirectional run, training.chunk=null"
+        )
+    if codec is not None:
+        refuse_other_codec("teacher", run, codec)
+    return rebuild(checkpoint)
+
+
+def refuse_other_codec(key: str, run: str | Path, codec: Codec) -> None:
+    """ValueError if `run`, given as `key`, was trained on another codec's latents; weights alone do not say."""
+    try:
+        record = checkpoints.read_generator(checkpoints.resolve(Path(run)))
+    except FileNotFoundError:
+        return
+    if record["codec_fingerprint"] != codec.fingerprint:
+        raise ValueError(
+            f"{key}={run} was trained on latents of {record['codec']['class']} {record['codec_fingerprint']}, this "
+            f"run's codec is {type(codec).__name__} {codec.fingerprint}: give a run of this codec, or take that one's"
+        )
 
 
 def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:

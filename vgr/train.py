@@ -146,7 +146,10 @@ def build(
         text.requires_grad_(False)
         lora.add(model, **cfg.lora)
     roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg)}
-    return instantiate(cfg.training, **roles, seed=cfg.seed), data, codec
+    module = instantiate(cfg.training, **roles, seed=cfg.seed)
+    if initial is not None and cfg.critic_from is not None:
+        load_critic(module, initial, cfg.critic_from)
+    return module, data, codec
 
 
 def read_teacher(cfg: DictConfig) -> dict[str, Any]:
@@ -171,14 +174,17 @@ def read_teacher(cfg: DictConfig) -> dict[str, Any]:
 def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] | None:
     """The tensors of init_from, the averaged ones of a run, where a run begins with them or adapters sit on them.
 
-    Raises ValueError for `lora` that cannot be, FileNotFoundError for an init_from that is not there.
+    With critic_from the critic of that run, and its judge, beside them. Raises ValueError for `lora` that cannot be and
+    a critic_from without a critic, FileNotFoundError for what is not there.
     """
-    from vgr.training import rebuild
+    from vgr.training import checkpoints, rebuild
 
     if cfg.lora.rank and cfg.init_from is None:
         raise ValueError(f"lora.rank={cfg.lora.rank}: adapters sit on a frozen base; give init_from=<a run or weights>")
     if cfg.lora.rank and (cfg.surgery or cfg.teacher is not None):
         raise ValueError(f"lora.rank={cfg.lora.rank}: a frozen base takes no surgery and no teacher; leave them out")
+    if cfg.critic_from is not None and (cfg.teacher is None or cfg.init_from is None):
+        raise ValueError(f"critic_from={cfg.critic_from}: a critic follows a student, of a teacher; give both or null")
     if cfg.init_from is None or (checkpoint is not None and not cfg.lora.rank):
         return None
     if not Path(cfg.init_from).exists():
@@ -186,7 +192,25 @@ def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] 
             f"init_from={cfg.init_from} does not exist; give a run folder, a checkpoint in it, or weights: our export, "
             "a diffusers folder or a released file"
         )
-    return rebuild.read(cfg.init_from)[1]
+    initial = rebuild.read(cfg.init_from)[1]
+    if cfg.critic_from is not None:
+        stored = checkpoints.read_weights(checkpoints.resolve(Path(cfg.critic_from)), "weights")
+        initial |= {name: x for name, x in stored.items() if name.startswith(("critic.", "judge."))}
+        if not any(name.startswith("critic.") for name in initial):
+            raise ValueError(f"critic_from={cfg.critic_from} holds no critic; give a run of self-forcing")
+    return initial
+
+
+def load_critic(module: callbacks.Training, initial: dict[str, Tensor], source: str) -> None:
+    """Copy the critic that `initial` holds, and its judge if both have one. Raises ValueError if they do not fit."""
+    from vgr.training import checkpoints
+    from vgr.training.rebuild import part_of
+
+    for part in ("critic", "judge"):
+        own, stored = getattr(module, part), part_of(initial, part)
+        if own is not None and stored:
+            checkpoints.match(own.state_dict(), {name: x.shape for name, x in stored.items()}, Path(source))
+            own.load_state_dict(stored)
 
 
 def load_initial(parts: dict[str, Any], initial: dict[str, Tensor], surgery: Sequence[str]) -> None:

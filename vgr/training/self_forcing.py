@@ -219,10 +219,10 @@ class SelfForcing(pl.LightningModule):
             chunk_T = F.pad(segment.cond.layout.chunk, (segment.past.shape[2], 0))
             values |= health.scores(window, fake, real, chunk_T.where(made_BT[0], -1))
         loss_B = matching_loss(window, fake, real, made_BT)
-        values["train/student_loss"] = loss_B.mean()
+        values["train/student_loss"] = loss_B.detach().mean()
         if self.judge is not None:
             fooled_B = F.softplus(-self._logits(seen))
-            values["train/adversarial_loss"] = fooled_B.mean()
+            values["train/adversarial_loss"] = fooled_B.detach().mean()
             loss_B = loss_B + self.adversarial * fooled_B
         return loss_B, sample, exits, values
 
@@ -236,7 +236,7 @@ class SelfForcing(pl.LightningModule):
         x, t_BT, noise, made_BT = self._noised(window, segment, "critic")
         v, seen = self._follow(window, x, t_BT, segment)
         loss_B = flow.velocity_loss(v, flow.velocity(window, noise), made_BT)
-        values = {"train/loss": loss_B.mean()}
+        values = {"train/loss": loss_B.detach().mean()}
         if self.judge is not None:
             true = segment.true
             noise = normal_like(true, self.seed, f"{segment.purpose('true')} noise", segment.batch.position)
@@ -244,7 +244,7 @@ class SelfForcing(pl.LightningModule):
                 _, seen_true = self._follow(true, flow.interpolate(true, noise, t_BT), t_BT, segment)
             logits = (self._logits([x.detach() for x in tokens]) for tokens in (seen_true, seen))
             told_B = discriminator_loss(*logits)
-            values["train/judge_loss"] = told_B.mean()
+            values["train/judge_loss"] = told_B.detach().mean()
             loss_B = loss_B + told_B
         return loss_B, sample, state, values
 
@@ -280,7 +280,7 @@ class SelfForcing(pl.LightningModule):
         loss_B, sample, state, more = self.critic_losses(segment)
         self._backward(loss_B.mean() / parts, last)
         for name, value in {**values, **more}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach() / parts
+            self._sums[name] = self._sums.get(name, 0.0) + value / parts
         self._micro_batches += 1
         if last:
             self._micro_batches = 0

@@ -129,9 +129,14 @@ def build(
         raise ValueError(
             f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
         )
-    made_for, asked = data.train_shards.manifest["extra"].get("times"), cfg.training.get("objective", {}).get("times")
+    extra, objective = data.train_shards.manifest["extra"], cfg.training.get("objective", {})
+    made_for, asked = ((x.get("times"), bool(x.get("history"))) for x in (extra, objective))
     if made_for != asked:
-        raise ValueError(f"training.objective.times={asked}, but {cfg.data.train} holds trajectories at {made_for}")
+        times, history = (f"{key}={objective.get(key)}" for key in ("times", "history"))
+        raise ValueError(
+            f"training.objective.{times}, {history}, but {cfg.data.train} holds trajectories at {made_for[0]}"
+            f"{' with the true frames behind' if made_for[1] else ''}"
+        )
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = instantiate(cfg.text)
     model = instantiate(cfg.model)
@@ -147,8 +152,10 @@ def build(
         lora.add(model, **cfg.lora)
     roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg)}
     module = instantiate(cfg.training, **roles, seed=cfg.seed)
+    if cfg.critic_from is not None and not hasattr(module, "critic"):
+        raise ValueError(f"critic_from={cfg.critic_from}: {cfg.training._target_} has no critic; leave it null")
     if initial is not None and cfg.critic_from is not None:
-        load_critic(module, initial, cfg.critic_from)
+        load_initial({k: m for k in ("critic", "judge") if (m := getattr(module, k)) is not None}, initial, ())
     return module, data, codec
 
 
@@ -161,11 +168,12 @@ def read_teacher(cfg: DictConfig) -> dict[str, Any]:
     from vgr.training import checkpoints
     from vgr.training.rebuild import rebuild
 
-    taken = "teacher" in inspect.signature(get_class(cfg.training._target_)).parameters
-    if taken != (cfg.teacher is not None):
-        fix = "give teacher=<run folder>" if taken else "leave teacher=null"
-        raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} {'needs' if taken else 'has no'} one; {fix}")
-    if not taken:
+    parameter = inspect.signature(get_class(cfg.training._target_)).parameters.get("teacher")
+    if cfg.teacher is None and parameter is not None and parameter.default is parameter.empty:
+        raise ValueError(f"teacher=null: {cfg.training._target_} needs one; give teacher=<run folder>")
+    if cfg.teacher is not None and parameter is None:
+        raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} has no teacher; leave teacher=null")
+    if cfg.teacher is None:
         return {}
     parts = rebuild(checkpoints.resolve(Path(cfg.teacher)))
     return {"teacher": {k: parts[k] for k in ("model", "text")}}
@@ -201,20 +209,8 @@ def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] 
     return initial
 
 
-def load_critic(module: callbacks.Training, initial: dict[str, Tensor], source: str) -> None:
-    """Copy the critic that `initial` holds, and its judge if both have one. Raises ValueError if they do not fit."""
-    from vgr.training import checkpoints
-    from vgr.training.rebuild import part_of
-
-    for part in ("critic", "judge"):
-        own, stored = getattr(module, part), part_of(initial, part)
-        if own is not None and stored:
-            checkpoints.match(own.state_dict(), {name: x.shape for name, x in stored.items()}, Path(source))
-            own.load_state_dict(stored)
-
-
 def load_initial(parts: dict[str, Any], initial: dict[str, Tensor], surgery: Sequence[str]) -> None:
-    """Copy the model that `initial` holds, converted to this stage's by `surgery`, and its text encoder if it has one.
+    """Copy the parts that `initial` holds, the model converted to this stage's by `surgery`.
 
     Raises ValueError where they do not fit.
     """

@@ -47,7 +47,8 @@ class Generator:
         self.size_hw = tuple(record["size_hw"])
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
-        self.chunk, self.sampling = record.get("chunk"), sampling
+        # A student's times have its teacher's guidance trained in.
+        self.chunk, self.sampling = record.get("chunk"), sampling | ({"guidance": 1.0} if sampling["sigmas"] else {})
         if sampling["method"] not in METHODS:
             raise ValueError(f"sampling.method={sampling['method']}: choose from {', '.join(METHODS)}")
         if self.chunk is None and sampling["method"] != "joint":
@@ -70,13 +71,17 @@ class Generator:
         from vgr.training.rebuild import rebuild
 
         folder = checkpoints.resolve(Path(checkpoint))
-        parts = rebuild(folder)
         record = checkpoints.read_generator(folder)
-        digest = checkpoints.weights_hash(folder, "ema")
         given = {"steps": steps, "shift": shift, "guidance": guidance}
         if steps is not None or shift is not None:
             given["sigmas"] = []  # a student's own times give way
         sampling = {**record["sampling"], **{k: v for k, v in given.items() if v is not None}}
+        if sampling["sigmas"] and guidance not in (None, 1.0):
+            raise ValueError(
+                f"guidance={guidance}: {checkpoint} is a few-step student with its teacher's guidance trained in; "
+                "leave guidance out, or give steps= too, to sample it as an ordinary model"
+            )
+        parts, digest = rebuild(folder), checkpoints.weights_hash(folder, "ema")
         data = checkpoints.read_state(folder)["config"]["data"]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,11 +121,13 @@ class Generator:
         seeds: list[int],
         progress: Callable[[int], None] | None = None,
         watch: Callable[[np.ndarray], None] | None = None,
+        shot: Tensor | None = None,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """First frames (B,H,W,3) uint8 (None: the model imagines them) to videos (B,F,H,W,3) uint8 and seconds spent.
 
         cameras: F raw frames, F at most max_frames. seeds: one a video; its noise depends on nothing else. watch:
-        hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams.
+        hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams. shot (B,T): which
+        caption each latent frame follows; None: the first.
         """
         import torch
 
@@ -131,15 +138,15 @@ class Generator:
             raise ValueError(f"{cameras.c2w.shape[1]} frames asked; this model makes up to {self.max_frames}")
         start = mark = self._clock()
         batch, frames = cameras.c2w.shape[:2]
-        shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64, device=self.device)
+        if shot is None:
+            shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64)
         pieces: list[np.ndarray] = []
         first_at, denoise, told = start, 0.0, 0
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            cond = conditioning(self.text, captions, cameras.to(self.device), shot, self.stride, self.chunk)
+            cond = conditioning(self.text, captions, cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
             null = self.text(tuple(("",) * len(row) for row in captions))
             first = None if first_frames is None else self._encode(first_frames)
-            scale = 1.0 if self.sampling["sigmas"] else self.sampling["guidance"]
-            denoiser = guidance.guided(self.model, scale, null)
+            denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
             decode = self.codec.stream()
             for latents in self._denoise(denoiser, cond, seeds, first, progress):
                 denoise += self._clock() - mark
@@ -173,7 +180,8 @@ class Generator:
         sigmas = torch.tensor(own, dtype=torch.float64) if own else timesteps.sigma_grid(steps, shift)
         if self.sampling["method"] == "stream":
             noise = samplers.frame_noise(seeds, (self.codec.channels, height, width), self.device)
-            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first)
+            renoise = self.sampling.get("renoise", False)
+            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first, renoise=renoise)
             for i, (latents, _) in enumerate(chunks):
                 if progress is not None:
                     progress(i)

@@ -66,7 +66,7 @@ def test_diffusers_folder_comes_back_bit_for_bit(tmp_path):
     theirs.save_pretrained(tmp_path / "port")
     ours = CausalVideo.from_pretrained(tmp_path / "port")
     config, tensors = causal_video_weights.to_diffusers(ours.config, ours.state_dict())
-    again = WanTransformer3DModel.from_config(config)
+    again = WanTransformer3DModel.from_config({"_class_name": "WanTransformer3DModel", **config})
     again.load_state_dict(tensors)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in theirs.state_dict().items())
     ours.save_pretrained(tmp_path / "own")
@@ -78,8 +78,8 @@ def test_original_names(tmp_path):
     from safetensors.torch import save_file
 
     ours = CausalVideo.from_pretrained(_saved(port(1, 128, 1), tmp_path / "port"))
-    _, tensors = causal_video_weights.to_diffusers(ours.config, ours.state_dict())
-    tensors = {causal_video_weights.original_name(k): v.contiguous() for k, v in tensors.items()}
+    _, tensors = causal_video_weights.to_original(ours.config, ours.state_dict())
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
     assert "blocks.0.self_attn.q.weight" in tensors and "head.modulation" in tensors
     save_file(tensors, tmp_path / "wan.safetensors")
     original = CausalVideo.from_pretrained(tmp_path / "wan.safetensors")

@@ -241,6 +241,11 @@ def test_texts_of_other_shots_do_not_leak(clips):
     changed = (before != after).any(4).any(3).any(1)
     first = [int((row == 2).nonzero()[0]) for row in cond.layout.shot]
     assert [int(row.nonzero()[0]) for row in changed] == first
+    with torch.no_grad():  # a single text is every shot's
+        one = TextStates(states[:, :1], cond.text.mask[:, :1])
+        thrice = TextStates(one.states.expand(-1, 3, -1, -1), one.mask.expand(-1, 3, -1))
+        a, b = (model(x, t, dataclasses.replace(cond, text=text))[0] for text in (one, thrice))
+    close(a, b, 1e-6)
 
 
 BAD = {
@@ -260,7 +265,7 @@ def test_settings_that_do_not_go_together(message):
 def test_calls_that_do_not_fit(clips):
     x, noisy, t, cond = clips
     model = random_model()
-    one_text = TextStates(cond.text.states[:, :1], cond.text.mask[:, :1])
+    two_texts = TextStates(cond.text.states[:, :2], cond.text.mask[:, :2])
     for message, args, kwargs in (
         ("takes x", (x[:, :3], t, cond), {}),
         ("must hold the 22", (x, t, cond.frames(0, 4)), {}),
@@ -268,7 +273,7 @@ def test_calls_that_do_not_fit(clips):
         ("holds one whole chunk", (x, t, cond, model.new_state()), {}),
         ("starts at frame 4", (x[:, :, 4:7], t[:, 4:7], cond.frames(4, 7), model.new_state()), {}),
         ("its own context", (torch.cat([x, x], 2), torch.cat([t, t], 1), cond.packed(), model.new_state()), {}),
-        ("names shot 2", (x, t, dataclasses.replace(cond, text=one_text)), {}),
+        ("names shot 2", (x, t, dataclasses.replace(cond, text=two_texts)), {}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             model(*args, **kwargs)

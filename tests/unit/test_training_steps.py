@@ -165,7 +165,7 @@ def test_trajectories_are_of_a_clips_first_frames(monkeypatch, tmp_path, causal)
     sizes = {k: v for k, v in SMALL.items() if k not in ("softmax_every", "raw_frames")}
     model = CausalVideo(**sizes, ffn_width=64, text_length=16) if causal else _model()
     parts = {"model": model, "text": ByteTextEncoder(16, 16, 1, 2), "codec": codec}
-    monkeypatch.setattr(teacher_paths, "rebuild", lambda _: parts)
+    monkeypatch.setattr(teacher_paths, "rebuild_teacher", lambda *_, **__: parts)
     monkeypatch.setattr(teacher_paths, "Shards", lambda *_: clips)
     monkeypatch.setattr(teacher_paths, "ShardWriter", Writer)
     monkeypatch.setattr(teacher_paths.checkpoints, "resolve", lambda path: path)

@@ -210,8 +210,11 @@ class CausalVideo(nn.Module):
         frames = [(Frame(p, c, s), r) for p, c, r, *s in zip(position, chunk, role, *shots)]
         frames = [(dataclasses.replace(f, shot=tuple(f.shot)), r) for f, r in frames]
         most = cond.text.mask.shape[1]
-        if max(map(max, shots)) >= most:
-            raise ValueError(f"cond.layout names shot {max(map(max, shots))}, but cond.text has {most} (from 0)")
+        if 1 < most <= max(map(max, shots)):  # one text serves every shot
+            raise ValueError(
+                f"cond.layout names shot {max(map(max, shots))} (from 0), but cond.text has {most}: give one text for "
+                "all shots, or one a shot"
+            )
         if cond.text.states.shape[2] > self.text_length:
             raise ValueError(f"texts have {self.text_length} places, got {cond.text.states.shape[2]}: cut them")
         for wanted in sorted(set(role)):

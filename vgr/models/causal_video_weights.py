@@ -72,40 +72,38 @@ def from_original(_config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
 
 
 def to_diffusers(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Our configuration and tensors as diffusers' `WanTransformer3DModel` holds them."""
-    head_dim = config["width"] // config["heads"]
-    theirs = {
-        "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": config["heads"],
-        "attention_head_dim": head_dim, "in_channels": config["in_channels"], "out_channels": config["in_channels"],
-        "text_dim": config["text_width"], "freq_dim": 256, "ffn_dim": config["ffn_width"],
-        "num_layers": config["layers"], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
-        "image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 1024,
-    }  # fmt: skip
+    """config.json and tensors of diffusers' `WanTransformer3DModel`."""
+    return {
+        "patch_size": [1, 2, 2], "num_attention_heads": config["heads"],
+        "attention_head_dim": config["width"] // config["heads"], "in_channels": config["in_channels"],
+        "out_channels": config["in_channels"], "text_dim": config["text_width"], "freq_dim": 256,
+        "ffn_dim": config["ffn_width"], "num_layers": config["layers"], "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "image_dim": None, "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+    }, _to_theirs(tensors, _DIFFUSERS)  # fmt: skip
+
+
+def to_original(_config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Wan 2.1's own names and shapes."""
+    return {}, _to_theirs(tensors, _ORIGINAL)
+
+
+def _to_theirs(tensors: dict[str, Tensor], column: int) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         prefix, rest = _split(name)
-        for start, _, parts in _FUSED:
-            if rest.startswith(start):
-                kind = rest.removeprefix(start)
-                out.update({f"{prefix}{p}{kind}": x for p, x in zip(parts, tensor.chunk(len(parts)))})
-                break
-        else:
-            tensor = tensor[None] if rest in ("table", "final_table") else tensor
-            if name == "patch_embed.weight":
-                tensor = tensor.unflatten(1, (-1, 1, 2, 2))
-            table = _BLOCK_NAMES if prefix else _NAMES
-            start, target = next((row[0], row[_DIFFUSERS]) for row in table if rest.startswith(row[0]))
-            out[prefix + target + rest.removeprefix(start)] = tensor
-    return theirs, out
-
-
-def original_name(name: str) -> str:
-    """A diffusers name as Wan 2.1's own files have it."""
-    prefix, rest = _split(name)
-    parts = [(r[_ORIGINAL][i], p) for r in _FUSED for i, p in enumerate(r[_DIFFUSERS])]
-    table = [(r[_ORIGINAL], r[_DIFFUSERS]) for r in (_BLOCK_NAMES if prefix else _NAMES)] + (parts if prefix else [])
-    new, old = next(row for row in table if rest.startswith(row[1]))
-    return prefix + new + rest.removeprefix(old)
+        fused = next((row for row in _FUSED if rest.startswith(row[0])), None)
+        if fused is not None:
+            kind, parts = rest.removeprefix(fused[0]), fused[column]
+            out.update({f"{prefix}{part}{kind}": x for part, x in zip(parts, tensor.chunk(len(parts)))})
+            continue
+        row = next(r for r in (_BLOCK_NAMES if prefix else _NAMES) if rest.startswith(r[0]))
+        if rest in ("table", "final_table"):
+            tensor = tensor[None]
+        elif name == "patch_embed.weight":
+            tensor = tensor.unflatten(1, (-1, 1, 2, 2))
+        out[prefix + row[column] + rest.removeprefix(row[0])] = tensor
+    return out
 
 
 def _to_ours(tensors: dict[str, Tensor], column: int) -> dict[str, Tensor]:
@@ -155,4 +153,11 @@ def _arguments(tensors: dict[str, Tensor]) -> dict[str, Any]:
         raise ValueError(f"these are no Wan 2.1 T2V weights: {error} is missing") from error
 
 
+# Reading: by the class name in config.json, None for a file without one.
 ADAPTERS = {"CausalVideo": own, "WanTransformer3DModel": from_diffusers, None: from_original}
+# Writing: class name for config.json, beginning of the file's name, translation.
+EXPORTS = {
+    "vgr": ("CausalVideo", "model", own),
+    "diffusers": ("WanTransformer3DModel", "diffusion_pytorch_model", to_diffusers),
+    "original": (None, "diffusion_pytorch_model", to_original),
+}

@@ -171,7 +171,7 @@ class PaddedCrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, runs: Sequence[tuple[int, int, Sequence[int]]]) -> Tensor:
         """x (B,T,S,D), projected text (B,Shots,J+1,D) whose last token is the pad, to x's shape.
 
-        runs: stretches of frames and, for each sample, the shot whose text they read.
+        runs: stretches of frames and, for each sample, the shot whose text they read; a single text serves all.
         """
         k, v = self.kv(text).chunk(2, dim=-1)
         k = self.k_norm(k).to(v.dtype)
@@ -180,10 +180,9 @@ class PaddedCrossAttention(nn.Module):
         bias = q.new_zeros(1, text.shape[2])
         pads = self.length - text.shape[2] + 1
         bias[:, -1] = float("-inf") if pads == 0 else torch.log(torch.tensor(float(pads)))
-        parts = []
-        for start, end, shots in runs:
-            rows = torch.arange(len(x)), torch.tensor(shots)
-            own = (k[rows], v[rows]) if text.shape[1] > 1 else (k[:, 0], v[:, 0])
+        parts, single = [], text.shape[1] == 1
+        for start, end, shots in [(0, x.shape[1], ())] if single else runs:
+            own = (y[:, 0] if single else torch.stack([row[s] for row, s in zip(y, shots)]) for y in (k, v))
             asked, keys, values = (y.transpose(1, 2) for y in (q[:, start:end].flatten(1, 2), *own))
             parts.append(F.scaled_dot_product_attention(asked, keys, values, attn_mask=bias))
         out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

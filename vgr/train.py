@@ -130,9 +130,14 @@ def build(
         raise ValueError(
             f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
         )
-    made_for, asked = data.train_shards.manifest["extra"].get("times"), cfg.training.get("objective", {}).get("times")
+    extra, objective = data.train_shards.manifest["extra"], cfg.training.get("objective", {})
+    made_for, asked = ((x.get("times"), bool(x.get("history"))) for x in (extra, objective))
     if made_for != asked:
-        raise ValueError(f"training.objective.times={asked}, but {cfg.data.train} holds trajectories at {made_for}")
+        times, history = (f"{key}={objective.get(key)}" for key in ("times", "history"))
+        raise ValueError(
+            f"training.objective.{times}, {history}, but {cfg.data.train} holds trajectories at {made_for[0]}"
+            f"{' with the true frames behind' if made_for[1] else ''}"
+        )
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = instantiate(cfg.text)
     model = instantiate(cfg.model)
@@ -149,13 +154,18 @@ def build(
         text.requires_grad_(False)
         lora.add(model, **cfg.lora)
     roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg, codec)}
-    return instantiate(cfg.training, **roles, seed=cfg.seed), data, codec
+    module = instantiate(cfg.training, **roles, seed=cfg.seed)
+    if cfg.critic_from is not None and not hasattr(module, "critic"):
+        raise ValueError(f"critic_from={cfg.critic_from}: {cfg.training._target_} has no critic; leave it null")
+    if initial is not None and cfg.critic_from is not None:
+        load_initial({k: m for k in ("critic", "judge") if (m := getattr(module, k)) is not None}, initial, ())
+    return module, data, codec
 
 
 def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:
     """{"teacher": its model and text encoder} if training takes one.
 
-    Raises ValueError where one is missing, idle, chunk-causal or of another codec.
+    Raises ValueError where one is missing, idle, of other chunks than it is asked in or of another codec.
     """
     import inspect
 
@@ -163,27 +173,32 @@ def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:
 
     from vgr.training.rebuild import rebuild_teacher
 
-    taken = "teacher" in inspect.signature(get_class(cfg.training._target_)).parameters
-    if taken != (cfg.teacher is not None):
-        fix = "give teacher=<run folder>" if taken else "leave teacher=null"
-        raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} {'needs' if taken else 'has no'} one; {fix}")
-    if not taken:
+    parameter = inspect.signature(get_class(cfg.training._target_)).parameters.get("teacher")
+    if cfg.teacher is None and parameter is not None and parameter.default is parameter.empty:
+        raise ValueError(f"teacher=null: {cfg.training._target_} needs one; give teacher=<run folder>")
+    if cfg.teacher is not None and parameter is None:
+        raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} has no teacher; leave teacher=null")
+    if cfg.teacher is None:
         return {}
-    parts = rebuild_teacher(cfg.teacher, codec)
+    causal = cfg.training.get("scores") == "causal" or cfg.training.get("packed")
+    parts = rebuild_teacher(cfg.teacher, codec, cfg.training.chunk if causal else None)
     return {"teacher": {k: parts[k] for k in ("model", "text")}}
 
 
 def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] | None:
     """The tensors of init_from, the averaged ones of a run, where a run begins with them or adapters sit on them.
 
-    Raises ValueError for `lora` that cannot be, FileNotFoundError for an init_from that is not there.
+    With critic_from the critic of that run, and its judge, beside them. Raises ValueError for `lora` that cannot be and
+    a critic_from without a critic, FileNotFoundError for what is not there.
     """
-    from vgr.training import rebuild
+    from vgr.training import checkpoints, rebuild
 
     if cfg.lora.rank and cfg.init_from is None:
         raise ValueError(f"lora.rank={cfg.lora.rank}: adapters sit on a frozen base; give init_from=<a run or weights>")
     if cfg.lora.rank and (cfg.surgery or cfg.teacher is not None):
         raise ValueError(f"lora.rank={cfg.lora.rank}: a frozen base takes no surgery and no teacher; leave them out")
+    if cfg.critic_from is not None and (cfg.teacher is None or cfg.init_from is None):
+        raise ValueError(f"critic_from={cfg.critic_from}: a critic follows a student, of a teacher; give both or null")
     if cfg.init_from is None or (checkpoint is not None and not cfg.lora.rank):
         return None
     if not Path(cfg.init_from).exists():
@@ -191,11 +206,17 @@ def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] 
             f"init_from={cfg.init_from} does not exist; give a run folder, a checkpoint in it, or weights: our export, "
             "a diffusers folder or a released file"
         )
-    return rebuild.read(cfg.init_from)[1]
+    initial = rebuild.read(cfg.init_from)[1]
+    if cfg.critic_from is not None:
+        stored = checkpoints.read_weights(checkpoints.resolve(Path(cfg.critic_from)), "weights")
+        initial |= {name: x for name, x in stored.items() if name.startswith(("critic.", "judge."))}
+        if not any(name.startswith("critic.") for name in initial):
+            raise ValueError(f"critic_from={cfg.critic_from} holds no critic; give a run of self-forcing")
+    return initial
 
 
 def load_initial(parts: dict[str, Any], initial: dict[str, Tensor], surgery: Sequence[str]) -> None:
-    """Copy the model that `initial` holds, converted to this stage's by `surgery`, and its text encoder if it has one.
+    """Copy the parts that `initial` holds, the model converted to this stage's by `surgery`.
 
     Raises ValueError where they do not fit.
     """

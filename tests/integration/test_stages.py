@@ -15,7 +15,8 @@ STAGES = {
     "causal": "training: {chunk: 2}\ninit_from: runs/mini/seed1\nsampling: {method: chunk_flow, steps: 2}\n",
     "ode": "training: {chunk: 2}\ninit_from: runs/causal/seed1\ndata: {train: paths}\n"
     "sampling: {method: stream, sigmas: [1.0, 0.75, 0.0]}\n",
-    "forcing": "training: {critic_steps: 2, chunk: 2}\ninit_from: runs/ode/seed1\nteacher: runs/mini/seed1\n"
+    "forcing": "training: {critic_steps: 2, chunk: 2, adversarial: 0.01, judge: {_target_: vgr.models.critic.Judge, "
+    "width: 32, layers: [0, 1], inner: 16, heads: 2}}\ninit_from: runs/ode/seed1\nteacher: runs/mini/seed1\n"
     "sampling: {method: stream, sigmas: [1.0, 0.75, 0.0]}\n",
 }
 
@@ -28,7 +29,7 @@ def _preset(stage: str) -> str:
         text = text.replace("warmup_samples: 16, ", "")
     body = STAGES[stage]
     if "training:" in body:  # one section a file
-        own = body.split("training: {")[1].split("}")[0]
+        own = body.split("training: {")[1].split("}\n")[0]
         text, body = text.replace("training: {", f"training: {{{own}, "), body.replace(f"training: {{{own}}}\n", "")
     if "data:" in body:
         body = body.replace("data: {train: paths}", "data: {train: paths/train, val: shards/val}")
@@ -77,14 +78,13 @@ def test_each_stage_trains_from_the_last(chain, stage):
     assert state["samples_seen"] == 48
     if stage == "forcing":
         assert len(state["config"]["teacher_sha256"]) == 64
-        assert {"train/student_loss", "train/motion_ratio", "train/std_ratio", "train/critic_grad_norm"} <= {
-            key for line in lines for key in line
-        }
+        told = {"student_loss", "motion_ratio", "std_ratio", "critic_gap", "critic_grad_norm", "judge_loss"}
+        assert {f"train/{name}" for name in told} <= {key for line in lines for key in line}
 
 
 @pytest.mark.parametrize("stage", ["ode", "forcing"])
 def test_a_stage_resumes_to_the_same_weights(chain, stage):
-    """Set back to the first save and run again, it ends in the same bits; two optimizers and the critic included."""
+    """Set back to the first save and run again, it ends in the same bits; two optimizers, critic and judge included."""
     folder, _ = chain
     run = folder / f"runs/{stage}/seed1"
     last = checkpoints.latest(run / "checkpoints")
@@ -137,6 +137,8 @@ def test_guidance_of_a_student_is_refused_unless_it_samples_as_a_teacher(chain):
         (["experiments=causal", "data.train=paths/train"], "holds trajectories at"),
         (["experiments=forcing", "student_times=[0.9,0.0]"], "must fall from 1 to 0"),
         (["experiments=causal", "model.width=16"], "surgery=[]"),
+        (["experiments=causal", "critic_from=runs/forcing/seed1"], "give both or null"),
+        (["experiments=forcing", "critic_from=runs/ode/seed1"], "holds no critic"),
         (["experiments=causal", "surgery=[lens]"], "choose from latents"),
         (["experiments=forcing", "teacher=runs/causal/seed1"], "teacher=runs/causal/seed1 is chunk-causal"),
         (["experiments=forcing", "teacher=runs/codec/seed1"], "teacher=runs/codec/seed1 was trained on latents of Cos"),
@@ -155,3 +157,22 @@ def test_another_teacher_is_another_run(chain):
     assert json.loads(state.read_text())["config"]["teacher"] == "runs/mini/seed1"
     done = train(folder, "experiments=forcing", "runs=elsewhere", "teacher=runs/other/seed1")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_stage_goes_on_with_the_critic_of_another(chain):
+    from omegaconf import OmegaConf
+
+    from vgr.train import build, read_initial
+
+    folder, _ = chain
+    stored = checkpoints.read_weights(checkpoints.latest(folder / "runs/forcing/seed1/checkpoints"), "weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cfg = OmegaConf.load("runs/forcing/seed1/config.yaml")
+        cfg.critic_from = "runs/forcing/seed1"
+        module, *_ = build(cfg, read_initial(cfg, None))
+    held = module.weights()
+    for part in ("critic", "judge"):
+        names = [name for name in stored if name.startswith(f"{part}.")]
+        assert names and all((held[name] == stored[name]).all() for name in names)
+    assert any((held[name] != stored[name]).any() for name in stored if name.startswith("model."))

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from vgr.diffusion import flow
+from vgr.diffusion.guidance import teacher_forced
 from vgr.diffusion.samplers import euler
 from vgr.diffusion.timesteps import sigma_grid
-from vgr.distillation import dmd, ode
+from vgr.distillation import consistency, dmd, ode
 from vgr.models import surgery
+from vgr.models.causal_video import CausalVideo
 from vgr.models.world_model import WorldModel
 from vgr.types import Conditioning, Layout, TextStates
 
@@ -64,6 +66,82 @@ def test_regression_loss_is_the_squared_error_of_the_clean_estimate():
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     again = ode.regression(path.flatten(1, 2)[3:4], torch.tensor([3]), chunk, 0, times=TIMES)
     assert torch.equal(again.x[0], noised.x[3])
+
+
+def test_regression_under_the_true_frames_keeps_them_apart_from_the_path():
+    """A causal teacher's path: the last snapshot is the past, never the end; without an image every frame is noisy."""
+    stored = _normal(64, 6, 3, 7, 2, 2).float()
+    path, true = stored[:, :5], stored[:, 5]
+    args = (torch.arange(64), COND.layout.chunk, 0)
+    noised = ode.regression(stored.flatten(1, 2), *args, times=TIMES, history=True, image=False)
+    plain = ode.regression(path.flatten(1, 2), *args, times=TIMES, image=False)
+    assert torch.equal(noised.context, true) and plain.context is None
+    for name in ("x", "t", "target", "weight"):
+        assert torch.equal(getattr(noised, name), getattr(plain, name))
+    assert (noised.t[:, 0] > 0).any() and torch.equal(noised.t[:, 0], noised.t[:, 3])  # one snapshot a chunk
+    slope = flow.clean_estimate(noised.x, noised.target, noised.t)
+    ends = noised.t > 0
+    torch.testing.assert_close(slope.movedim(1, 2)[ends], path[:, -1].movedim(1, 2)[ends], atol=1e-5, rtol=1e-4)
+
+
+def test_a_causal_teachers_path_is_its_stream_over_the_true_frames():
+    """A trajectory in the packed form, chunk by chunk equal to Euler steps from committed true chunks."""
+    torch.manual_seed(0)
+    model = CausalVideo(in_channels=4, width=32, heads=2, layers=2, ffn_width=64, text_width=16, text_length=4)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    cond = Conditioning(Layout.chunked(2, 7, 3), TextStates(_normal(2, 1, 3, 16).float(), torch.ones(2, 1, 3).bool()))
+    noise, true, grid = _normal(2, 4, 7, 2, 4).float(), _normal(2, 4, 7, 2, 4, seed=1).float(), sigma_grid(3, 3.0)
+    path = ode.trajectory(teacher_forced(model, true), noise, cond, TIMES, grid)
+    joined, state = torch.tensor(sorted({*grid.tolist(), *TIMES}, reverse=True), dtype=torch.float64), model.new_state()
+    with torch.no_grad():
+        for a, b in ((0, 4), (4, 7)):
+            part, x = cond.frames(a, b), noise[:, :, a:b]
+            for now, after in zip(joined, joined[1:]):
+                v, _ = model(x, now.float().expand(2, b - a), part, state)
+                x = x + (after - now).float() * v
+            torch.testing.assert_close(path[:, -1, :, a:b], x, rtol=1e-4, atol=1e-4)
+            _, state = model(true[:, :, a:b], torch.zeros(2, b - a), part, state, commit=True)
+
+
+def _consistent(x, t):
+    """The end of the path through x at t for data N(0, 1/4): deviations scale along it."""
+    t = flow.per_frame(t.double())
+    return x * 0.5 / ((1 - t).square() * 0.25 + t.square()).sqrt()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_consistency_is_zero_for_the_exact_consistency_function(shared):
+    """With the exact velocity as teacher only Euler's error is left: the loss falls with the step's fourth power."""
+    data, chunk = 0.5 * _normal(64, 3, 7, 2, 2), COND.layout.chunk
+
+    def student(x, t):  # x - t v is the consistency function
+        return (x - _consistent(x, t)) / flow.per_frame(torch.where(t > 0, t, 1.0).double())
+
+    def wrong(x, t):  # takes each point for its own end
+        return 0 * x
+
+    def loss(student, noised):
+        return float(flow.velocity_loss(student(noised.x, noised.t), noised.target, noised.weight).mean())
+
+    def teacher(x, t):
+        return _gaussian(0.5)(x, t, COND)[0]
+
+    losses = []
+    for steps in (25, 50, 400):
+        settings = {"teacher": teacher, "average": student, "steps": steps, "shift": 5.0, "shared": shared}
+        noised = consistency.consistency(data, torch.arange(64), chunk, 0, **settings)
+        losses.append(loss(student, noised))
+        levels = noised.t[:, [0, 4]]
+        assert (levels[:, 0] == levels[:, 1]).all() == shared
+        assert torch.equal(noised.context, data) and len(levels.unique()) <= steps and float(levels.max()) <= 1
+    assert 8 < losses[0] / losses[1] < 20 and losses[2] < 1e-8
+    other = consistency.consistency(data, torch.arange(64), chunk, 0, **{**settings, "average": wrong})
+    assert losses[2] < 0.01 * loss(wrong, other)
+    # One step from t = 1 ends at t = 0, where the point is its own end whatever the average says.
+    settings |= {"steps": 1, "average": lambda x, t: x + 7.0}
+    noised = consistency.consistency(data, torch.arange(64), chunk, 0, **settings)
+    torch.testing.assert_close(noised.target, teacher(noised.x, noised.t))
 
 
 def test_matching_loss_moves_samples_by_the_scores_difference():

@@ -187,31 +187,72 @@ def test_self_forcing_rollout_renoises_and_exits_at_the_posterior_mean():
     torch.testing.assert_close(made, torch.cat(parts, 2), atol=1e-12, rtol=1e-12)
 
 
-def test_rollout_gradient_is_that_of_the_exit_calls():
-    """A learned world: the gradient equals that of its exit calls replayed one by one on constant histories."""
-    weight = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
-    kept, grads = [], []
+def _held(model, cond, sigmas, noise, first, exit_step):
+    """Self-forcing by hand: every chunk's exit call with its graph, all of them kept; commits are constants."""
+    state, parts = model.new_state(), []
+    for a, b in ((0, 3), (3, 5), (5, 7)):
+        part, x = cond.frames(a, b), noise(torch.arange(a, b), 0)
+        for i in range(exit_step + 1):
+            t = sigmas[i].to(x.dtype).repeat(x.shape[0], b - a)
+            if a == 0:
+                x, t[:, 0] = torch.cat([first, x[:, :, 1:]], 2), 0.0
+            with torch.set_grad_enabled(i == exit_step):
+                v, state = model(x, t.float(), part, state)
+                clean = x - flow.per_frame(t) * v.to(x.dtype)
+            if i < exit_step:
+                following = float(sigmas[i + 1])
+                x = (1 - following) * clean + following * noise(torch.arange(a, b), i + 1)
+        with torch.no_grad():
+            _, state = model(clean.detach(), torch.zeros(x.shape[0], b - a), part, state, commit=True)
+        parts.append(clean)
+    return torch.cat(parts, 2)
 
-    def model(x, t, cond, state=None, *, commit=False):
-        grads.append((torch.is_grad_enabled(), commit))
-        v = torch.tanh(weight[0] * x + weight[1] * state)
-        if torch.is_grad_enabled():
-            kept.append((x.detach().clone(), t.clone(), state))
-        return v, (x[:, :, -1:].clone() if commit else state)
 
-    cond, sigmas = _cond(7, 3), timesteps.few_step_sigmas(4, 8.0)
-    start = torch.zeros(1, 1, 1, 4, 4, dtype=torch.float64)
-    made = _whole(rollout.stream(model, start, cond, sigmas, _noise, FIRST, renoise=True, exit_step=2))
-    assert grads == ([(False, False)] * 2 + [(True, False), (False, True)]) * 2
-    target = made.detach() + torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None, None]
-    (grad,) = torch.autograd.grad((made - target).square().sum(), weight)
-    replayed = []
-    for x, t, state in kept:
-        assert not state.requires_grad
-        v = torch.tanh(weight[0] * x + weight[1] * state)
-        replayed.append(flow.clean_estimate(x, v, sigmas[2] * (t > 0)))
-    (again,) = torch.autograd.grad((torch.cat(replayed, 2) - target).square().sum(), weight)
-    torch.testing.assert_close(grad, again)
+class Tanh(torch.nn.Module):
+    """A learned world in fp64 whose chunks read the last committed frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+
+    def new_state(self):
+        return Memory(0.0)
+
+    def forward(self, x, t, cond, state=None, *, commit=False):
+        v = torch.tanh(self.weight[0] * x + self.weight[1] * state.last)
+        return v, Memory(x[:, :, -1:], state.frames + x.shape[2]) if commit else state
+
+
+@pytest.mark.parametrize("kind", ["fp64", "world model"])
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_exits_made_again_one_by_one_have_the_gradient_of_all_graphs_held(exit_step, kind):
+    """The replay of self-forcing, also in a model with every kind of memory: same samples to the bit, same gradient."""
+    model, (x, _, cond) = _model(layers=3), _inputs("orbit", 7)
+    cond, noise = dataclasses.replace(cond, layout=Layout.chunked(2, 7, 2)), samplers.frame_noise([1, 2], (4, 3, 4))
+    sigmas, fp32_noise = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64), noise
+    if kind == "fp64":
+        model, x, noise = Tanh(), x.double(), lambda *args: fp32_noise(*args).double()
+    target = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    held = _held(model, cond, sigmas, noise, x[:, :, :1], exit_step)
+    (held - target).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    args = (model.new_state(), cond, sigmas, noise, x[:, :, :1])
+    made, exits, state = rollout.self_forced(model, *args, exit_step=exit_step)
+    assert not made.requires_grad and state.frames == 7 and [e.state.frames for e in exits] == [0, 3, 5]
+    torch.testing.assert_close(made, held.detach(), rtol=1e-5, atol=1e-5)
+    made.requires_grad_()
+    (dx,) = torch.autograd.grad((made - target).square().sum(), made)
+    while exits:
+        b = exits[-1].state.frames + exits[-1].x.shape[2]
+        clean, a = exits[-1].again(model), exits.pop().state.frames
+        assert torch.equal(clean, made[:, :, a:b])
+        clean.backward(dx[:, :, a:b])
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        tolerance = 1e-6 if grad.dtype == torch.float64 else 1e-4
+        assert float((grad - expected[name]).norm()) <= tolerance * float(expected[name].norm()) + 1e-12, name
 
 
 def test_stream_refuses_a_first_frame_in_the_middle():

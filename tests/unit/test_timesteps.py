@@ -161,3 +161,24 @@ def test_monotone_levels_have_the_path_counts_marginals_at_full_size():
 def test_mixture_refuses_weights_that_mean_nothing(mixture):
     with pytest.raises(ValueError, match="same, incremental, last_anchor, clean_prefix"):
         timesteps.training_times(torch.arange(1), CHUNKS, 0, 1.0, 0.9, mixture)
+
+
+def test_uniform_times_are_one_a_sample_or_one_a_chunk():
+    chunk = torch.tensor([0, 0, 0, 2, 2, 3])
+    shared, own = (timesteps.chunk_uniform(torch.arange(4000), chunk, 0, s) for s in (True, False))
+    assert torch.equal(shared, shared[:, :1].expand(-1, 6)) and torch.equal(own[:, [0, 3]], own[:, [2, 4]])
+    for u in (shared[:, 0], *own[:, [0, 3, 5]].T):
+        assert float(u.min()) > 0 and float(u.max()) <= 1
+        assert float((u.sort().values - torch.linspace(0, 1, 4000).double()).abs().max()) < 0.03  # 1.9 / sqrt(n)
+    assert abs(float(torch.corrcoef(own[:, [0, 3]].T)[0, 1])) < 0.05
+    assert torch.equal(timesteps.chunk_uniform(torch.tensor([7]), chunk, 0, False)[0], own[7])
+
+
+def test_the_bump_is_the_references_table():
+    """C:SF utils/scheduler.py: y = exp(-2 ((x - 500) / 1000)^2) over the shifted table, less its minimum, mean 1."""
+    x = 1000 * timesteps.shifted(torch.arange(1, 1001, dtype=torch.float64) / 1000, 5.0)
+    y = torch.exp(-2 * ((x - 500) / 1000) ** 2)
+    y = (y - y.min()) * 1000 / (y - y.min()).sum()
+    torch.testing.assert_close(timesteps.bump(x / 1000, 5.0), y, rtol=1e-12, atol=1e-12)
+    assert float(timesteps.bump(torch.tensor(0.5), 5.0)) == pytest.approx(2.08, abs=0.005)
+    assert float(timesteps.bump(torch.tensor(1.0), 5.0)) == 0

@@ -8,6 +8,7 @@ import torch
 
 from vgr.data.shards import Sample
 from vgr.generator import Generator
+from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
@@ -61,10 +62,17 @@ def test_a_step_in_bf16_has_the_gradients_of_a_backward_pass_outside_autocast():
     batch, module, other = _batch(), _forcing(), _forcing()
     with torch.autocast("cpu", torch.bfloat16):
         module.training_step(batch, 0)  # the first of two micro-batches: no update
-    for losses in (lambda: other.generator_losses(batch)[0], lambda: other.critic_losses(batch)):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = losses().mean() / 2
-        loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        segment = next(other.segments(batch))
+        loss_B, sample, exits, _ = other.student_losses(segment)
+    (dx,) = torch.autograd.grad(loss_B.mean() / 2, sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = [exit_.again(other.model) for exit_ in exits]
+    for clean, own in zip(made[::-1], dx.split([x.shape[2] for x in made], dim=2)[::-1]):
+        clean.backward(own)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = other.critic_losses(segment)[0].mean() / 2
+    loss.backward()
     for (name, p), q in zip(module.named_parameters(), other.parameters()):
         assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad)), name
     # Weights used without gradient before (context, earlier times) have one where they are used with it.
@@ -118,8 +126,12 @@ def test_a_run_that_never_samples_decodes_nothing():
     assert callable(sample_writer(_record(), Never(**CODEC), _batch(), 0))
 
 
-def test_trajectories_are_of_a_clips_first_frames(monkeypatch, tmp_path):
-    """Five of a clip's nine latent frames: the teacher sees no more of it, and its cameras end there."""
+@pytest.mark.parametrize("causal", [False, True])
+def test_trajectories_are_of_a_clips_first_frames(monkeypatch, tmp_path, causal):
+    """Five of a clip's nine latent frames: the teacher sees no more of it, and its cameras end there.
+
+    A causal teacher goes under the clip's own frames, which stand behind the path.
+    """
     codec = CosineCodec(**CODEC)
     clip = Sample(
         _normal(4, 9, 4, 4).numpy(), torch.eye(4).repeat(33, 1, 1).numpy(), torch.tensor(K).repeat(33, 1).numpy(), 8.0,
@@ -130,13 +142,13 @@ def test_trajectories_are_of_a_clips_first_frames(monkeypatch, tmp_path):
     class Clips(list):
         manifest = head
 
-    written = []
+    written, kept = [], []
 
     class Writer:
         done = 0
 
         def __init__(self, *_, extra, **__):
-            written.append(extra["frames"])
+            written.append((extra["frames"], extra.get("history")))
 
         def __enter__(self):
             return self
@@ -146,15 +158,20 @@ def test_trajectories_are_of_a_clips_first_frames(monkeypatch, tmp_path):
 
         def add(self, key, latents, c2w, intrinsics, meta):
             written.append((latents.shape, len(c2w), len(intrinsics)))
+            kept.append(latents)
 
     clips = Clips([clip])
     clips.read = lambda i: clip
-    parts = {"model": _model(), "text": ByteTextEncoder(16, 16, 1, 2), "codec": codec}
-    monkeypatch.setattr(teacher_paths, "rebuild", lambda _: parts)
+    sizes = {k: v for k, v in SMALL.items() if k not in ("softmax_every", "raw_frames")}
+    model = CausalVideo(**sizes, ffn_width=64, text_length=16) if causal else _model()
+    parts = {"model": model, "text": ByteTextEncoder(16, 16, 1, 2), "codec": codec}
+    monkeypatch.setattr(teacher_paths, "rebuild_teacher", lambda *_, **__: parts)
     monkeypatch.setattr(teacher_paths, "Shards", lambda *_: clips)
     monkeypatch.setattr(teacher_paths, "ShardWriter", Writer)
     monkeypatch.setattr(teacher_paths.checkpoints, "resolve", lambda path: path)
     monkeypatch.setattr(teacher_paths.checkpoints, "weights_hash", lambda path: "hash")
-    paths = teacher_paths.TeacherPaths("run", "clips", [1.0, 0.5, 0.0], 2, 3.0, 1.0, 1, frames=17)
+    own = {"chunk": 2, "image": False} if causal else {}
+    paths = teacher_paths.TeacherPaths("run", "clips", [1.0, 0.5, 0.0], 2, 3.0, 1.0, 1, frames=17, **own)
     assert paths.write(tmp_path / "out", 1, 1, lambda n: None, "cpu") == 1
-    assert written == [17, ((3 * 4, 5, 4, 4), 17, 17)]
+    assert written == [(17, causal or None), (((3 + causal) * 4, 5, 4, 4), 17, 17)]
+    assert not causal or (kept[0][-4:] == clip.latents[:, :5]).all()

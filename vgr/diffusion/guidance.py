@@ -1,10 +1,11 @@
-"""Classifier-free guidance as a denoiser over a denoiser."""
+"""Denoisers over a denoiser: classifier-free guidance, and a known past for every chunk."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vgr.types import Conditioning, Denoiser, TextStates
@@ -30,4 +31,23 @@ def guided(denoiser: Denoiser, scale: float, negative: TextStates) -> Denoiser:
 
     if hasattr(denoiser, "new_state"):
         call.new_state = lambda **kwargs: (denoiser.new_state(**kwargs), denoiser.new_state(**kwargs))
+    return call
+
+
+def teacher_forced(denoiser: Denoiser, context: Tensor, context_t: Tensor | None = None) -> Denoiser:
+    """Each chunk of x denoised under the frames of `context` (B,C,T,H,W) before it, in one packed call.
+
+    Causal video, spec 3.2: the model sees [context | x] under `cond.packed()`, and x's half of the velocity is
+    returned. context_t (B,T): times of the context, clean without. Stateless.
+    """
+
+    def call(
+        x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, *, commit: bool = False
+    ) -> tuple[Tensor, Any]:
+        if state is not None or commit:
+            raise ValueError("a packed call holds its own past: it neither reads nor commits a state")
+        told = torch.zeros_like(t) if context_t is None else context_t.to(t)
+        v, _ = denoiser(torch.cat([context.to(x), x], dim=2), torch.cat([told, t], dim=1), cond.packed())
+        return v[:, :, x.shape[2] :], None
+
     return call

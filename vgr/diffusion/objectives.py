@@ -15,12 +15,18 @@ from vgr.seeding import normal_like, torch_generator
 
 @dataclass(frozen=True)
 class Noised:
-    """x, target (B,C,T,H,W): noisy latents and the velocity to predict; t (B,T); weight (B,T) of squared errors."""
+    """x, target (B,C,T,H,W): noisy latents and the velocity to predict; t (B,T); weight (B,T) of squared errors.
+
+    context (B,C,T,H,W): the past of each chunk, where the model is to see it (`guidance.teacher_forced`), at times
+    context_t (B,T), clean without.
+    """
 
     x: Tensor
     t: Tensor
     target: Tensor
     weight: Tensor
+    context: Tensor | None = None
+    context_t: Tensor | None = None
 
 
 def flow_matching(
@@ -43,6 +49,39 @@ def flow_matching(
     noise = normal_like(latents_BCTHW, seed, "noise", positions)
     x = flow.interpolate(latents_BCTHW, noise, t_BT)
     return Noised(x, t_BT, flow.velocity(latents_BCTHW, noise), (t_BT > 0).float())
+
+
+def teacher_forcing(
+    latents: Tensor,
+    positions: Tensor,
+    chunk_T: Tensor,
+    seed: int,
+    *,
+    shift: float,
+    shared: bool = True,
+    bump: bool = True,
+    context_noise: float = 0.0,
+) -> Noised:
+    """Causal video, spec 3.4: noisy chunks under a clean past, times the shift of uniform ones in (0, 1].
+
+    shared: one time for all chunks, else one each. bump: errors weigh `timesteps.bump`, else 1. context_noise: the
+    past has noise of its own, at a time uniform in [0, context_noise] which the model is told. Noise and times are
+    functions of (seed, position). ValueError for a context_noise outside [0, 1].
+    """
+    if not 0 <= context_noise <= 1:
+        raise ValueError(f"objective.context_noise={context_noise} is the largest time of the past: use 0 to 1")
+    t_BT = timesteps.shifted(timesteps.chunk_uniform(positions, chunk_T, seed, shared), shift)
+    t_BT = t_BT.float().to(latents.device)
+    noise = normal_like(latents, seed, "noise", positions)
+    weight = timesteps.bump(t_BT, shift) if bump else torch.ones_like(t_BT)
+    context, context_t = latents, None
+    if context_noise:
+        generators = [torch_generator(seed, "context time", position) for position in positions.tolist()]
+        s_B = context_noise * torch.stack([torch.rand((), generator=generator) for generator in generators])
+        context_t = s_B.to(t_BT)[:, None].expand_as(t_BT)
+        context = flow.interpolate(latents, normal_like(latents, seed, "context noise", positions), context_t)
+    x = flow.interpolate(latents, noise, t_BT)
+    return Noised(x, t_BT, flow.velocity(latents, noise), weight, context, context_t)
 
 
 def refinement(

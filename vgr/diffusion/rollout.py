@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vgr.diffusion import flow
 from vgr.diffusion.samplers import FrameNoise, chunk_bounds, few_step, frame_noise
 from vgr.types import Cameras, Codec, Conditioning, Denoiser, LatentCameras, Layout, TextEncoder
 
 
+@torch.no_grad()
 def stream(
     denoiser: Denoiser,
     state: Any,
@@ -27,10 +30,9 @@ def stream(
 ) -> Iterator[tuple[Tensor, Any]]:
     """For each chunk of `cond.layout`, its clean latents (B,C,T,H,W) and the state that holds it.
 
-    A chunk is `few_step` (see there for sigmas, noise, renoise and exit_step) and one clean pass at t = 0 without
-    gradient that commits it; nothing is kept from one chunk to the next but the state. first_frame (B,C,1,H,W)
-    is held at t = 0 in the video's first chunk. With an exit_step the concatenated latents are self-forcing's
-    rollout (spec 6.2). ValueError where first_frame meets a cond that starts later in the video.
+    A chunk is `few_step` (see there for sigmas, noise, renoise and exit_step) and one clean pass at t = 0 that
+    commits it; nothing is kept from one chunk to the next but the state. first_frame (B,C,1,H,W) is held at t = 0
+    in the video's first chunk. ValueError where first_frame meets a cond that starts later in the video.
     """
     if first_frame is not None and int(cond.layout.position[0]) != 0:
         at = int(cond.layout.position[0])
@@ -39,12 +41,58 @@ def stream(
         part = cond.frames(a, b)
         first = first_frame if a == 0 else None
         latents, state = few_step(denoiser, noise, part, sigmas, state, first, renoise=renoise, exit_step=exit_step)
-        with torch.no_grad():
-            clean = latents.detach()
-            zero = torch.zeros(clean.shape[0], clean.shape[2], device=clean.device)
-            _, state = denoiser(clean, zero, part, state, commit=True)
-        del clean
+        zero = torch.zeros(latents.shape[0], latents.shape[2], device=latents.device)
+        _, state = denoiser(latents, zero, part, state, commit=True)
         yield latents, state
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The last call of a chunk before it was committed, as a rollout made it: enough to make it again."""
+
+    x: Tensor
+    t: Tensor
+    cond: Conditioning
+    state: Any
+
+    def again(self, denoiser: Denoiser) -> Tensor:
+        """The chunk's clean latents (B,C,T,H,W), now with a graph: the rollout's own, bit by bit."""
+        v, _ = denoiser(self.x, self.t, self.cond, self.state)
+        return flow.clean_estimate(self.x, v.to(self.x.dtype), self.t.to(self.x.dtype))
+
+
+def self_forced(
+    denoiser: Denoiser,
+    state: Any,
+    cond: Conditioning,
+    sigmas: Tensor,
+    noise: FrameNoise,
+    first_frame: Tensor | None = None,
+    *,
+    exit_step: int,
+) -> tuple[Tensor, list[Exit], Any]:
+    """Self-forcing's rollout (spec 6.2) without a gradient: clean latents (B,C,T,H,W), each chunk's exit, the state.
+
+    Arguments are `stream`'s. Chunks touch each other through detached commits only, so the gradient of the latents
+    is that of the exits made again one by one, with one graph alive at a time. A state is immutable: an exit's is a
+    prefix of the last, and is let go with it.
+    """
+    exits: list[Exit] = []
+    last: Exit | None = None
+
+    def recorded(
+        x: Tensor, t: Tensor, part: Conditioning, state: Any = None, *, commit: bool = False
+    ) -> tuple[Tensor, Any]:
+        nonlocal last
+        if commit:
+            exits.append(last)
+        else:
+            last = Exit(x, t, part, state)
+        return denoiser(x, t, part, state, commit=commit)
+
+    chunks = stream(recorded, state, cond, sigmas, noise, first_frame, renoise=True, exit_step=exit_step)
+    pieces, states = zip(*chunks)
+    return torch.cat(pieces, dim=2), exits, states[-1]
 
 
 class Session:

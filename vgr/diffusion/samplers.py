@@ -89,6 +89,7 @@ def _descend(
     return x
 
 
+@torch.no_grad()
 def few_step(
     denoiser: Denoiser,
     noise: FrameNoise,
@@ -104,16 +105,14 @@ def few_step(
 
     Between calls x moves down `sigmas` (steps + 1, ending in 0) by Euler steps, as in streaming (spec 6.3), or with
     `renoise` to (1 - t) x0 + t noise(position, step), as in self-forcing (spec 6.2); every draw depends on absolute
-    frames only. The last call's x - t v is returned. exit_step (from 0): stop at that call, which alone has a
-    gradient; without it nothing has. first_frame (B,C,1,H,W) is held at cond's first frame with t = 0. Nothing is
-    committed. ValueError for an exit_step beyond the steps.
+    frames only. The last call's x - t v is returned. exit_step (from 0): stop at that call. first_frame (B,C,1,H,W)
+    is held at cond's first frame with t = 0. Nothing is committed. ValueError for an exit_step beyond the steps.
     """
     sigmas = _checked(sigmas)
     steps = len(sigmas) - 1
     last = steps - 1 if exit_step is None else exit_step
     if not 0 <= last < steps:
         raise ValueError(f"exit_step={exit_step} with {steps} steps: use 0 to {steps - 1}, or none for all")
-    grad = exit_step is not None and torch.is_grad_enabled()
     x = noise(cond.layout.position, 0)
     times = sigmas.to(x.device)[:, None].repeat(1, x.shape[2])
     if first_frame is not None:
@@ -121,10 +120,9 @@ def few_step(
         times[:, 0] = 0.0
     for i in range(last + 1):
         t, following = (times[j].expand(x.shape[0], -1) for j in (i, i + 1))
-        with torch.set_grad_enabled(grad and i == last):
-            v, state = denoiser(x, t.float(), cond, state)
-            v = v.to(x.dtype)
-            clean = flow.clean_estimate(x, v, t.to(x.dtype))
+        v, state = denoiser(x, t.float(), cond, state)
+        v = v.to(x.dtype)
+        clean = flow.clean_estimate(x, v, t.to(x.dtype))
         if i < last and renoise:
             x = flow.interpolate(clean, noise(cond.layout.position, i + 1), following.to(x.dtype))
         elif i < last:

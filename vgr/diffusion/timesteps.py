@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -82,6 +83,31 @@ def training_times(
             t[0] = 0.0
         rows.append(t)
     return torch.stack(rows).to(positions.device)
+
+
+def chunk_uniform(positions: Tensor, chunk: Tensor, seed: int, shared: bool) -> Tensor:
+    """Uniform in (0, 1], (B,T) fp64 on the CPU: one number a sample, or one for each of its chunks.
+
+    chunk (T,): `layout.chunk`. A function of (seed, position) alone.
+    """
+    ids, index = torch.unique_consecutive(chunk.cpu(), return_inverse=True)
+    count = 1 if shared else len(ids)
+    generators = [torch_generator(seed, "time", position) for position in positions.tolist()]
+    rows = [1 - torch.rand(count, generator=generator, dtype=torch.float64) for generator in generators]
+    return torch.stack(rows)[:, index * (not shared)]
+
+
+def bump(t: Tensor, shift: float) -> Tensor:
+    """Self-Forcing's weight of errors at t (causal video, spec 3.4): exp(-2 (t - 1/2)^2) above its value at t = 1.
+
+    Its mean over the shifted thousandths is 1; at shift 5 it is 2.08 at 0.5.
+    """
+
+    def height(t: Tensor) -> Tensor:
+        return torch.exp(-2 * (t - 0.5).square()) - math.exp(-0.5)
+
+    table = shifted(torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS, shift)
+    return (height(t.double()) / height(table).mean()).clamp_min(0.0).to(t.dtype)
 
 
 def _chunk_levels(chunks: int, level: int, mixture: Mapping[str, float], generator: torch.Generator) -> Tensor:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vgr.diffusion import flow, timesteps
 from vgr.seeding import torch_generator
 
 
-def score_times(positions: Tensor, frames: int, seed: int, shift: float, purpose: str) -> Tensor:
-    """Times (B,T) at which the scores are asked: uniform, shifted, within [0.02, 0.98]; frame 0 clean."""
+def score_times(
+    positions: Tensor, frames: int, seed: int, shift: float, purpose: str, first_clean: bool = True
+) -> Tensor:
+    """Times (B,T) at which the scores are asked: uniform, shifted, within [0.02, 0.98]; frame 0 clean if given."""
     generators = [torch_generator(seed, purpose, position) for position in positions.tolist()]
     rows = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
     t = timesteps.shifted(torch.stack(rows), shift).clamp(0.02, 0.98).float()
     t_BT = t[:, None].repeat(1, frames)
-    t_BT[:, 0] = 0.0
+    if first_clean:
+        t_BT[:, 0] = 0.0
     return t_BT
 
 
@@ -31,3 +35,8 @@ def matching_loss(sample: Tensor, fake: Tensor, real: Tensor, frames_BT: Tensor)
         scale = ((sample - real).abs() * weight).sum((1, 2, 3, 4), keepdim=True) / count
         target = sample - (fake - real) / scale.clamp_min(1e-6)
     return 0.5 * flow.velocity_loss(sample, target, frames_BT)
+
+
+def discriminator_loss(true_B: Tensor, made_B: Tensor) -> Tensor:
+    """softplus(-d(true)) + softplus(d(made)), from logits (B,) (causal video, spec 6.1 eq. 11)."""
+    return F.softplus(-true_B) + F.softplus(made_B)

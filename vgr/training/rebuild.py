@@ -45,15 +45,20 @@ def rebuild(checkpoint: Path) -> dict[str, Any]:
     return parts
 
 
-def rebuild_teacher(run: str | Path, codec: Codec | None = None) -> dict[str, Any]:
-    """`rebuild` of a run that is asked for whole clips, in latents of `codec` if given. ValueError if it cannot be."""
+def rebuild_teacher(run: str | Path, codec: Codec | None = None, chunk: int | None = None) -> dict[str, Any]:
+    """`rebuild` of a run that is asked for whole clips, or for chunks of `chunk` latent frames under their past.
+
+    In latents of `codec` if given. ValueError if it cannot be.
+    """
     checkpoint = checkpoints.resolve(Path(run))
-    chunk = checkpoints.read_generator(checkpoint).get("chunk")
-    if chunk is not None:
+    own = checkpoints.read_generator(checkpoint).get("chunk")
+    if own is not None and chunk is None:
         raise ValueError(
-            f"teacher={run} is chunk-causal (its training.chunk={chunk}); a teacher sees whole clips: give a "
+            f"teacher={run} is chunk-causal (its training.chunk={own}); a teacher sees whole clips: give a "
             "bidirectional run, training.chunk=null"
         )
+    if own != chunk:
+        raise ValueError(f"teacher={run} has training.chunk={own}, but is asked in chunks of {chunk}: give one of such")
     if codec is not None:
         refuse_other_codec("teacher", run, codec)
     return rebuild(checkpoint)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vgr.diffusion import flow
+from vgr.diffusion.guidance import teacher_forced
 from vgr.seeding import normal_like
 from vgr.training.conditioning import conditioning
 from vgr.types import Cameras, Denoiser, TextEncoder, VideoBatch
@@ -57,9 +58,11 @@ def validate(
     stride: int,
     chunk: int | None,
     device: Any,
+    packed: bool = False,
 ) -> Validation:
     """Losses on fixed clips with fixed noise, first frame clean, cameras own and from another clip.
 
+    packed: all frames noisy instead, each chunk under the clean ones before it (`guidance.teacher_forced`).
     The other clip is half the set away, which crosses maps; at least two clips are needed (ValueError).
     """
     count = sum(len(b.keys) for b in batches)
@@ -73,14 +76,16 @@ def validate(
         swapped = Cameras(other.c2w[start:end], other.intrinsics[start:end]).to(device)
         clips = torch.arange(start, end)
         batch = batch.to(device)
+        denoiser = teacher_forced(network, batch.latents) if packed else network
         for cameras, rows in ((batch.cameras, own), (swapped, shuffled)):
             cond = conditioning(text, batch.captions, cameras, batch.shot, stride, chunk)
             losses = []
             for level in levels:
                 noise = normal_like(batch.latents, seed, f"validation {level:g}", clips)
                 t_BT = torch.full((len(clips), batch.latents.shape[2]), level, device=device)
-                t_BT[:, 0] = 0.0
-                v, _ = network(flow.interpolate(batch.latents, noise, t_BT), t_BT, cond)
+                if not packed:
+                    t_BT[:, 0] = 0.0
+                v, _ = denoiser(flow.interpolate(batch.latents, noise, t_BT), t_BT, cond)
                 losses.append(flow.velocity_loss(v, flow.velocity(batch.latents, noise), t_BT > 0))
             rows.append(torch.stack(losses, 1).double().cpu())
         start = end

@@ -1,4 +1,4 @@
-"""Training one world model: flow matching, chunk-causal or not, or regression on a teacher's paths.
+"""Training one model by an objective: flow matching, chunk-causal or not, teacher forcing, a teacher's paths.
 
 Every random number is a function of (seed, purpose, position of the sample), so a step is the same at any rank
 count, micro-batch size or restart.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,21 +19,25 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from vgr.diffusion import flow
+from vgr.diffusion.guidance import guided, teacher_forced
 from vgr.diffusion.objectives import Noised
 from vgr.seeding import derive_seed
 from vgr.training import optim, validation
 from vgr.training.conditioning import conditioning, dropped
-from vgr.types import Codec, VideoBatch
+from vgr.types import Codec, Conditioning, Denoiser, VideoBatch
 
 
 class WorldModelTraining(pl.LightningModule):
     """Trains what of `model` and `text` is not frozen; `codec` only says how raw frames group into latent frames.
 
     objective: latents, positions, chunk of each frame and seed to what the model sees and should predict
-    (`diffusion.objectives.flow_matching`, `distillation.ode.regression`). chunk: latent frames of a chunk, None for
-    the bidirectional model. warmup_samples, max_samples and ema_half_life are counted in samples (clips). clip:
-    largest gradient norm. schedule: "constant" or "cosine" (to a tenth at max_samples). camera_dropout: probability
-    that a clip's camera stands still at the first frame's pose instead (the model always takes cameras).
+    (`diffusion.objectives`, `distillation.ode.regression`). packed: it also gives the past of each chunk, which the
+    model sees beside it in one packed call (causal video, spec 3.2). teacher: {"model", "text"}, frozen, for an
+    objective that takes the velocities of a teacher, guided by `guidance` against `negative` (a prompt), and of the
+    average (`distillation.consistency`). chunk: latent frames of a chunk, None for the bidirectional model.
+    warmup_samples, max_samples and ema_half_life are counted in samples (clips). clip: largest gradient norm. schedule:
+    "constant" or "cosine" (to a tenth at max_samples). camera_dropout: probability that a clip's camera stands still
+    at the first frame's pose instead (the world model always takes cameras).
     """
 
     def __init__(
@@ -44,7 +49,11 @@ class WorldModelTraining(pl.LightningModule):
         seed: int,
         global_batch: int,
         max_samples: int,
-        objective: Callable[[Tensor, Tensor, Tensor, int], Noised],
+        objective: Callable[..., Noised],
+        packed: bool = False,
+        teacher: dict[str, nn.Module] | None = None,
+        guidance: float = 1.0,
+        negative: str = "",
         chunk: int | None = None,
         lr: float = 1e-3,
         warmup_samples: int = 0,
@@ -61,11 +70,16 @@ class WorldModelTraining(pl.LightningModule):
         super().__init__()
         if schedule not in ("constant", "cosine"):
             raise ValueError(f"training.schedule={schedule}: choose constant or cosine")
+        if (takes := "teacher" in inspect.signature(objective).parameters) != (teacher is not None):
+            fix = "needs a teacher: give teacher=<run folder>" if takes else "has no teacher: leave teacher=null"
+            raise ValueError(f"training.objective {fix}")
         self.model, self.text = model, text
         # Frozen parameters (the base of adapters) are their own average, and are held once.
         frozen = {id(p): p for m in (model, text) for p in m.parameters() if not p.requires_grad}
         average = copy.deepcopy({"model": model, "text": text}, frozen)
         self.ema = nn.ModuleDict(average).requires_grad_(False)
+        self.teacher = None if teacher is None else nn.ModuleDict(teacher).requires_grad_(False)
+        self.guidance, self.negative, self.packed = guidance, negative, packed
         self.objective, self.chunk, self.stride = objective, chunk, codec.stride[0]
         self.seed, self.global_batch, self.max_samples = seed, global_batch, max_samples
         self.lr, self.warmup_samples, self.schedule, self.clip = lr, warmup_samples, schedule, clip
@@ -90,11 +104,32 @@ class WorldModelTraining(pl.LightningModule):
         """Loss of each clip (B,) after text and camera dropout, in fp32."""
         captions, cameras = dropped(batch, self.seed, self.text_dropout, self.camera_dropout)
         cond = conditioning(self.text, captions, cameras, batch.shot, self.stride, self.chunk)
-        noised = self.objective(batch.latents, batch.position, cond.layout.chunk, self.seed)
+        told = self._velocities(batch, cond)
+        noised = self.objective(batch.latents, batch.position, cond.layout.chunk, self.seed, **told)
+        if self.packed != (noised.context is not None):
+            gives = "no past" if self.packed else "the past of each chunk"
+            raise ValueError(f"training.packed={self.packed}, but training.objective gives {gives}: change one")
+        forced = (noised.context, noised.context_t)
+        denoiser = teacher_forced(self.model, *forced) if self.packed else self.model
         # A block that draws for itself (dropout) sees the same numbers after a restart.
         torch.manual_seed(derive_seed(self.seed, "step", int(batch.position[0])))
-        v, _ = self.model(noised.x, noised.t, cond)
+        v, _ = denoiser(noised.x, noised.t, cond)
         return flow.velocity_loss(v, noised.target, noised.weight)
+
+    def _velocities(self, batch: VideoBatch, cond: Conditioning) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        """Velocities at (x, t) of the teacher and of the average, each under the batch's own past in a packed run."""
+        if self.teacher is None:
+            return {}
+        model, text = self.teacher["model"], self.teacher["text"]
+        with torch.no_grad():
+            own = conditioning(text, batch.captions, batch.cameras, batch.shot, self.stride, self.chunk)
+            negative = text(tuple((self.negative,) * len(row) for row in batch.captions))
+
+        def of(denoiser: Denoiser, cond: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
+            denoiser = teacher_forced(denoiser, batch.latents) if self.packed else denoiser
+            return lambda x, t: denoiser(x, t, cond)[0]
+
+        return {"teacher": of(guided(model, self.guidance, negative), own), "average": of(self.ema["model"], cond)}
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         loss_B = self._sample_losses(batch)
@@ -172,7 +207,7 @@ class WorldModelTraining(pl.LightningModule):
         self.ema.eval()
         return validation.validate(
             self.ema["model"], self.ema["text"], batches, self.validation_levels, seed=self.seed, stride=self.stride,
-            chunk=self.chunk, device=self.device,
+            chunk=self.chunk, device=self.device, packed=self.packed,
         )  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:

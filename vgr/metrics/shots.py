@@ -45,7 +45,7 @@ def no_cut_floor(target_cuts: Sequence[int], frames: int) -> float:
     return shot_cut_accuracy([], target_cuts, frames)
 
 
-def detect_cuts(frames_FHW3: NDArray[np.uint8], least: float = 8.0, ratio: float = 5.0) -> list[int]:
+def detect_cuts(frames_FHW3: NDArray[np.uint8], least: float = 12.0, ratio: float = 5.0) -> list[int]:
     """First frames of new shots, by "lab_distribution": no weights, hard cuts only.
 
     The distance of two frames is the 1-Wasserstein distance between their distributions of L*, a* and b*, summed:

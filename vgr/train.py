@@ -275,7 +275,7 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(cfg.trainer, resolve=True)
     on_gpu = settings["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if settings["accelerator"] in ("gpu", "cuda") and not on_gpu:
-        raise ValueError(f"trainer.accelerator={settings['accelerator']}, but torch finds no GPU: use trainer=cpu")
+        raise ValueError(f"trainer.accelerator={settings['accelerator']}, but torch finds no GPU: use cpu")
     if settings["precision"] == "auto":
         settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
     if settings["precision"] not in ("bf16-mixed", "32-true"):

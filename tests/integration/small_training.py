@@ -18,12 +18,12 @@ PRESET = """# @package _global_
 # Question: does it run?
 defaults:
   - override /data: small
-  - override /trainer: cpu
 model: {in_channels: 16, raw_frames: 4, width: 32, heads: 2, layers: 2, softmax_every: 2, text_width: 16}
 text: {width: 16, length: 16, heads: 2}
 codec: {stride: [4, 8, 8], luma: [4], chroma: [0], latents_mean: null, latents_std: null}
 training: {global_batch: 8, max_samples: 160, warmup_samples: 16, lr: 3.0e-3, ema_half_life: 40}
 every: {log: 8, validate: 80, sample: 0, save: 24}
+trainer: {accelerator: cpu}
 sampling: {steps: 2, shift: 3.0, guidance: 1.5}
 """
 DATA = """_target_: vgr.data.modules.ShardData

@@ -84,7 +84,7 @@ def test_weights_only_from_another_run(trained):
         (["+model.widht=8"], "did you mean `width`"),
         (["resume=nowhere"], "nowhere"),
         (["training.schedule=linear"], "training.schedule=linear"),
-        (["trainer=gpu"], "trainer=cpu"),
+        (["trainer.accelerator=gpu"], "finds no GPU: use cpu"),
         (["trainer.devices=auto"], "trainer.devices=auto"),
         (["trainer.precision=16-mixed"], "choose auto, bf16-mixed or 32-true"),
     ],

@@ -12,7 +12,7 @@ from vgr import command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-MODEL = ("mixer", "sink", "window")
+MODEL = ("mixer", "sink", "window", "routed")
 STAGES = [name for name in command.presets() if name not in ("world_model/tiny", "world_model/doom_small")]
 SAME = ("training._target_", "training.chunk", "surgery", "sampling.method", *map("model.{}".format, MODEL))
 
@@ -25,7 +25,7 @@ def test_preset_builds_with_its_declared_size(name):
         assert codec.channels == cfg.model.in_channels
         # Without measured deviations the brightness channel drowns all others, and the camera with them.
         assert len(set(codec.config["latents_std"])) > 1
-        assert codec.stride[0] == cfg.model.raw_frames
+        assert codec.stride[0] == cfg.model.get("raw_frames", codec.stride[0])
     assert cfg.text.width == cfg.model.text_width
     assert cfg.training.global_batch % cfg.data.micro_batch == 0
     with torch.device("meta"):
@@ -38,15 +38,17 @@ def test_preset_builds_with_its_declared_size(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_preset_has_a_tiny_twin_of_the_same_stage(name):
-    """size=tiny changes sizes, data and counts, and nothing of what the stage is."""
-    cfg, tiny = (command.compose("train", [f"experiments={name}", *more]) for more in ([], ["size=tiny"]))
+    """Its tiny size changes sizes, data and counts, and nothing of what the stage is."""
+    size = {"world_model": "tiny", "causal_video": "story_tiny"}[name.split("/")[0]]
+    cfg, tiny = (command.compose("train", [f"experiments={name}", *more]) for more in ([], [f"size={size}"]))
     command.check_targets(cfg)
     command.check_targets(tiny)
     for key in SAME:
         values = [OmegaConf.select(c, key) for c in (cfg, tiny)]
         assert values[0] == values[1], key
     codec = instantiate(tiny.codec)
-    assert (codec.channels, codec.stride[0]) == (tiny.model.in_channels, tiny.model.raw_frames)
+    assert codec.channels == tiny.model.in_channels
+    assert codec.stride[0] == tiny.model.get("raw_frames", codec.stride[0])
     assert sum(p.numel() for p in instantiate(tiny.model).parameters()) < 10e6
 
 

@@ -70,7 +70,7 @@ def start_wandb(run_dir: Path, config: dict[str, Any], project: str, entity: str
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("logger=wandb needs the wandb package: pip install wandb, or logger=none") from error
+        raise ValueError("logger=wandb needs the wandb package: pip install wandb, or logger=null") from error
     if mode == "auto":
         has_key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")

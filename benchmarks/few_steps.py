@@ -36,7 +36,7 @@ from vgr.training.conditioning import conditioning
 from vgr.training.rebuild import rebuild
 from vgr.types import VideoBatch
 
-WINDOW, SHOWN = 16, 2  # frames of a window of features; clips of the sheet
+WINDOW, SHOWN = 14, 2  # frames of a window of features: two fill the 28 made at tiny size; clips of the sheet
 
 
 def load(run: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""vgr-export: a run's world model, or anyone's weights of it, in our form, diffusers' or the original release's.
+"""vgr-export: a run's model, or anyone's weights of one, in our form, diffusers' or the original release's.
 
 vgr-export checkpoint=runs/world_model/tiny/seed1 out=my_model
 vgr-export checkpoint=sana_wm_1600m_720p.safetensors format=diffusers out=sana_wm_diffusers
@@ -28,7 +28,7 @@ def body(cfg: DictConfig) -> None:
     Tensors keep their bits and their precision; those that no output depends on travel along (spec 10.2).
     """
     from vgr.models import weights, world_model_weights
-    from vgr.models.world_model import WorldModel
+    from vgr.training import rebuild
 
     for key, accepted in (("format", (*world_model_weights.EXPORTS, "lora")), ("weights", ("ema", "weights"))):
         if cfg[key] not in accepted:
@@ -41,33 +41,37 @@ def body(cfg: DictConfig) -> None:
     if cfg.format == "lora":
         write_adapters(str(cfg.checkpoint), cfg.weights, out)
         return
-    config, tensors = read(str(cfg.checkpoint), cfg.weights, cfg.revision)
-    model = weights.build(WorldModel, config)
+    kind, config, tensors = read(str(cfg.checkpoint), cfg.weights, cfg.revision)
+    names = rebuild.WEIGHTS[kind]
+    model = weights.build(rebuild.KNOWN[kind], config)
     weights.check(model, tensors, cfg.checkpoint)
-    class_name, stem, translate = world_model_weights.EXPORTS[cfg.format]
+    class_name, stem, translate = names.EXPORTS[cfg.format]
     described, tensors = translate(model.config, tensors)
     weights.save_folder(out, class_name, described, tensors, stem)
     numbers, size = sum(t.numel() for t in tensors.values()), sum(t.nbytes for t in tensors.values())
     print(f"{out}: {len(tensors)} tensors, {numbers / 1e6:.1f} M numbers, {size / 1e9:.2f} GB")
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    again = weights.build(WorldModel, world_model_weights.ADAPTERS[class_name](described, meta)[0]).config
+    again = weights.build(rebuild.KNOWN[kind], names.ADAPTERS[class_name](described, meta)[0]).config
     lost = [f"{k}={v}" for k, v in model.config.items() if again[k] != v]
     if lost:
         print(f"this format has no place for {', '.join(lost)}: give them to from_pretrained")
 
 
-def read(checkpoint: str, part: str = "ema", revision: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Constructor arguments and tensors of a run's model (`part`: ema or weights) or of weights in any form.
+def read(
+    checkpoint: str, part: str = "ema", revision: str | None = None
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Class, constructor arguments and tensors of a run's model (`part`: ema or weights) or of weights in any form.
 
-    FileNotFoundError or ValueError say what is missing, damaged or not a world model.
+    FileNotFoundError or ValueError say what is missing, damaged or of no model of ours.
     """
     from vgr.training import rebuild
 
     record, tensors = rebuild.read(checkpoint, part, revision)
-    if record["model"]["class"] != "WorldModel":
-        raise ValueError(f"{checkpoint} holds a {record['model']['class']}; vgr-export writes world models")
+    kind = record["model"]["class"]
+    if kind not in rebuild.WEIGHTS:
+        raise ValueError(f"{checkpoint} holds a {kind}; vgr-export writes {', '.join(rebuild.WEIGHTS)}")
     own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    return record["model"]["config"], own
+    return kind, record["model"]["config"], own
 
 
 def write_adapters(checkpoint: str, part: str, out: Path) -> None:

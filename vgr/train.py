@@ -121,6 +121,7 @@ def build(
 
     from vgr.nn import lora
     from vgr.seeding import derive_seed
+    from vgr.training.rebuild import refuse_other_codec
 
     codec = instantiate(cfg.codec)
     global_batch = cfg.training.global_batch
@@ -136,6 +137,8 @@ def build(
     text = instantiate(cfg.text)
     model = instantiate(cfg.model)
     if initial is not None:
+        if "latents" not in cfg.surgery:
+            refuse_other_codec("init_from", cfg.init_from, codec)
         load_initial({"model": model, "text": text}, initial, cfg.surgery)
     if cfg.lora.rank:
         if text.state_dict() and not any(name.startswith("text.") for name in initial):
@@ -145,18 +148,20 @@ def build(
             )
         text.requires_grad_(False)
         lora.add(model, **cfg.lora)
-    roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg)}
+    roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg, codec)}
     return instantiate(cfg.training, **roles, seed=cfg.seed), data, codec
 
 
-def read_teacher(cfg: DictConfig) -> dict[str, Any]:
-    """{"teacher": its model and text encoder} if training takes one. Raises ValueError where one is missing or idle."""
+def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:
+    """{"teacher": its model and text encoder} if training takes one.
+
+    Raises ValueError where one is missing, idle, chunk-causal or of another codec.
+    """
     import inspect
 
     from hydra.utils import get_class
 
-    from vgr.training import checkpoints
-    from vgr.training.rebuild import rebuild
+    from vgr.training.rebuild import rebuild_teacher
 
     taken = "teacher" in inspect.signature(get_class(cfg.training._target_)).parameters
     if taken != (cfg.teacher is not None):
@@ -164,7 +169,7 @@ def read_teacher(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} {'needs' if taken else 'has no'} one; {fix}")
     if not taken:
         return {}
-    parts = rebuild(checkpoints.resolve(Path(cfg.teacher)))
+    parts = rebuild_teacher(cfg.teacher, codec)
     return {"teacher": {k: parts[k] for k in ("model", "text")}}
 
 
@@ -327,17 +332,17 @@ def sample_writer(
     import numpy as np
 
     from vgr.data.video import write_video
-    from vgr.sample import Generator
+    from vgr.generator import Generator
     from vgr.types import Cameras
 
     cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])
-    captions = batch.captions[:clips]
+    captions, shot = batch.captions[:clips], batch.shot[:clips]
 
     def write(module: callbacks.Training, path: Path) -> None:
         parts = {**module.ema, "codec": codec}
         generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
         truth = generator.decoded(codec.decode, batch.latents[:clips].to(module.device))
-        made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))])
+        made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))], shot=shot)
         pairs = np.concatenate([truth, made], axis=3)
         write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])  # clips below each other
 

@@ -111,7 +111,7 @@ class TextStates:
 class Conditioning:
     """What a denoiser is told beside the noisy latents.
 
-    text: one encoded prompt per shot, chosen per frame through `layout.shot`; cameras: None for models
+    text: one encoded prompt per shot, chosen per frame through `layout.shot`, or one for all; cameras: None for models
     without a camera. A given clean first frame is not a field: it stands in x at t = 0.
     """
 

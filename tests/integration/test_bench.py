@@ -78,7 +78,7 @@ class Turner:
         self.weights_hash, self.dies_at, self.made = weights_hash, dies_at, []
         self.codec = CosineCodec(stride=(4, 4, 4), luma=(2, 1), chroma=(1,))
 
-    def __call__(self, first_BHWC, cameras, captions, seeds, progress=None):
+    def __call__(self, first_BHWC, cameras, captions, seeds, progress=None, shot=None):
         if self.dies_at is not None and len(self.made) >= self.dies_at:
             raise KeyboardInterrupt
         assert cameras.c2w.shape[:2] == (len(first_BHWC), FRAMES) == (len(captions), FRAMES) and len(seeds) == len(

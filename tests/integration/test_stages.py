@@ -1,6 +1,8 @@
 """The chain of stages on a really tiny problem: each from the last one's file, resumable, sampled by its own method."""
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -33,6 +35,15 @@ def _preset(stage: str) -> str:
     return text + "student_times: [1.0, 0.75, 0.0]\n" + body
 
 
+def _copy_with(run, new, **changes):
+    """A copy of a run that says something else of itself in generator.json."""
+    shutil.copytree(run, new)
+    record = checkpoints.latest(new / "checkpoints") / "generator.json"
+    manifest, was = record.parent / "manifest.json", hashlib.sha256(record.read_bytes()).hexdigest()
+    record.write_text(json.dumps({**json.loads(record.read_text()), **changes}))
+    manifest.write_text(manifest.read_text().replace(was, hashlib.sha256(record.read_bytes()).hexdigest()))
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     from vgr.training.teacher_paths import TeacherPaths
@@ -42,11 +53,15 @@ def chain(tmp_path_factory):
         (folder / "own/experiments" / f"{stage}.yaml").write_text(_preset(stage))
     done = {"mini": train(folder)}
     done["causal"] = train(folder, "experiments=causal")
+    _copy_with(folder / "runs/mini/seed1", folder / "runs/codec/seed1", codec_fingerprint="0123456789abcdef")
+    _copy_with(folder / "runs/mini/seed1", folder / "runs/other/seed1", size_hw=[64, 64])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         paths = TeacherPaths("runs/mini/seed1", "shards/train", TIMES, 4, 3.0, 1.5, 8)
         assert paths.write(folder / "paths/train", 40, 1, lambda done: None, "cpu") == 40
         assert paths.write(folder / "paths/train", 40, 1, lambda done: None, "cpu") == 0
+        with pytest.raises(ValueError, match="is chunk-causal"):
+            TeacherPaths("runs/causal/seed1", "shards/train", TIMES, 4, 3.0, 1.5, 8)
     for stage in ("ode", "forcing"):
         done[stage] = train(folder, f"experiments={stage}")
     return folder, done
@@ -86,7 +101,7 @@ def test_a_stage_resumes_to_the_same_weights(chain, stage):
 def test_each_stage_samples_by_its_own_method(chain, stage):
     import torch
 
-    from vgr.sample import Generator
+    from vgr.generator import Generator
     from vgr.types import Cameras
 
     folder, _ = chain
@@ -101,6 +116,18 @@ def test_each_stage_samples_by_its_own_method(chain, stage):
         assert timings["first_frame_s"] < timings["total_s"]
 
 
+def test_guidance_of_a_student_is_refused_unless_it_samples_as_a_teacher(chain):
+    from vgr.generator import Generator
+
+    student = chain[0] / "runs/forcing/seed1"
+    with pytest.raises(ValueError, match="guidance=3.0: .* is a few-step student"):
+        Generator.load(student, "cpu", guidance=3.0)
+    assert Generator.load(student, "cpu", guidance=1.0).sampling["sigmas"] == TIMES
+    assert Generator.load(student, "cpu").sampling["guidance"] == 1.0
+    assert Generator.load(student, "cpu", steps=4, guidance=3.0).sampling["guidance"] == 3.0
+    assert Generator.load(chain[0] / "runs/mini/seed1", "cpu", guidance=3.0).sampling["guidance"] == 3.0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -111,6 +138,9 @@ def test_each_stage_samples_by_its_own_method(chain, stage):
         (["experiments=forcing", "student_times=[0.9,0.0]"], "must fall from 1 to 0"),
         (["experiments=causal", "model.width=16"], "surgery=[]"),
         (["experiments=causal", "surgery=[lens]"], "choose from latents"),
+        (["experiments=forcing", "teacher=runs/causal/seed1"], "teacher=runs/causal/seed1 is chunk-causal"),
+        (["experiments=forcing", "teacher=runs/codec/seed1"], "teacher=runs/codec/seed1 was trained on latents of Cos"),
+        (["experiments=causal", "init_from=runs/codec/seed1"], "init_from=runs/codec/seed1 was trained on latents of"),
     ],
 )
 def test_mistakes_are_one_line(chain, arguments, message):
@@ -123,5 +153,5 @@ def test_another_teacher_is_another_run(chain):
     folder, _ = chain
     state = checkpoints.latest(folder / "runs/forcing/seed1/checkpoints") / "state.json"
     assert json.loads(state.read_text())["config"]["teacher"] == "runs/mini/seed1"
-    done = train(folder, "experiments=forcing", "runs=elsewhere", "teacher=runs/causal/seed1")
+    done = train(folder, "experiments=forcing", "runs=elsewhere", "teacher=runs/other/seed1")
     assert done.returncode == 0, done.stderr[-2000:]

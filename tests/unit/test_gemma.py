@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("transformers")
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GemmaTokenizer
 
-from vgr.models.gemma import Gemma2Text, from_arrays, read_instruction, to_arrays
+from vgr.models.gemma import Gemma2Text, read_instruction
+from vgr.nn.frozen import from_arrays, to_arrays
 
 LINES = ["Describe the scene.", "User Prompt: "]
 LENGTH = 12
@@ -141,7 +142,7 @@ def test_refuses_what_does_not_fit(folder, tmp_path):
     AutoTokenizer.from_pretrained(folder, add_bos_token=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not begin texts with <bos>"):
         _text(tmp_path)
-    with pytest.raises(ValueError, match="lacks 1 weights of a Gemma 2 decoder"):
+    with pytest.raises(ValueError, match="lacks 1 weights of a Gemma2Model"):
         network = Gemma2ForCausalLM.from_pretrained(folder)
         state = {k: v for k, v in network.state_dict().items() if k != "model.norm.weight"}
         network.save_pretrained(tmp_path, state_dict=state)

@@ -190,6 +190,7 @@ def test_fingerprint_names_weights_and_configuration_whatever_the_dtype(folders,
     video = _video(9, (64, 64))
     latents = codec.encode(video)
     assert latents.dtype == codec.decode(latents).dtype == torch.float32
+    assert codec.vae.dtype == torch.bfloat16 and full.vae.dtype == torch.float32
     torch.testing.assert_close(latents, full.encode(video), atol=0.1, rtol=0)
 
 

@@ -73,6 +73,37 @@ def test_rays_stay_fp32_under_autocast():
     assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), 0) > 0.999
 
 
+@pytest.mark.parametrize("mixer", ["gdn", "linear"])
+def test_bf16_weights_run_without_autocast_by_the_caller(tmp_path, mixer):
+    """As fp32 arithmetic on the same rounded weights, up to bf16 products; chunk by chunk too."""
+    _model(mixer=mixer, layers=4).save_pretrained(tmp_path)
+    half = WorldModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    rounded = WorldModel.from_pretrained(tmp_path).eval()
+    rounded.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
+    x, t, cond = _inputs(frames=5)
+    cond = dataclasses.replace(cond, layout=Layout.chunked(2, 5, 2))
+    with torch.no_grad():
+        expected, (actual, _) = rounded(x, t, cond)[0], half(x, t, cond)
+        state, parts = half.new_state(), []
+        for a, b in ((0, 3), (3, 5)):
+            v, state = half(x[:, :, a:b], t[:, a:b], cond.frames(a, b), state, commit=True)
+            parts.append(v)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and actual.dtype == torch.float32
+    for v in (actual, torch.cat(parts, dim=2)):
+        assert (v - expected).norm() < 0.03 * expected.norm()
+
+
+def test_gates_and_times_of_bf16_weights_are_exact():
+    model = _model()
+    gdn, x = model.blocks[0].attn, torch.randn(2, 3, 12, 32)
+    model.bfloat16()
+    actual = gdn._gates(x)
+    time = model.t_embedder(sinusoid(torch.tensor([1.0, 999.0])))
+    model.float()
+    torch.testing.assert_close(actual, gdn._gates(x), rtol=0, atol=0)
+    assert torch.equal(time, model.t_embedder(sinusoid(torch.tensor([1.0, 999.0]))))
+
+
 def test_samples_of_a_batch_do_not_mix():
     model = _model()
     x, t, cond = _inputs()

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vgr.data.order import Order
-from vgr.data.shards import DamagedSample, Sample, Shards
+from vgr.data.shards import DamagedSample, Sample, Shards, latent_shots
 from vgr.geometry.cameras import relative_to_first
 from vgr.types import Cameras, VideoBatch
 
@@ -31,8 +31,7 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], frames: int | N
         raise ValueError(f"data.frames={frames}: must be 1 + n x {stride} and at most {len(samples[0].c2w)}")
     latent_frames = 1 + (count - 1) // stride
     shots = [[shot for shot in s.meta["shots"] if shot["start"] < count] for s in samples]
-    last_raw = np.arange(latent_frames) * stride  # the raw frame a latent frame ends with
-    shot_BT = [np.searchsorted([x["start"] for x in own], last_raw, side="right") - 1 for own in shots]
+    shot_BT = [latent_shots([x["start"] for x in own], latent_frames, stride) for own in shots]
     return VideoBatch(
         latents=torch.from_numpy(np.stack([s.latents[:, :latent_frames] for s in samples])).float(),
         cameras=Cameras(

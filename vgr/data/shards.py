@@ -14,12 +14,13 @@ import math
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vgr.data.files import atomic, sync_folder, write_text
 
@@ -41,6 +42,11 @@ class Sample:
     fps: float
     meta: dict[str, Any]
     key: str
+
+
+def latent_shots(starts: Sequence[int], frames: int, stride: int) -> NDArray[np.int64]:
+    """The shot (T,) of each latent frame, by the raw frame it ends with; starts: each shot's first raw frame."""
+    return np.searchsorted(starts, np.arange(frames) * stride, side="right") - 1
 
 
 class ShardWriter:

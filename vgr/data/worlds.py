@@ -20,6 +20,7 @@ _COLOURS = {"red": (0.80, 0.22, 0.18), "green": (0.25, 0.62, 0.28), "blue": (0.2
             "yellow": (0.85, 0.75, 0.22), "white": (0.82, 0.82, 0.80), "purple": (0.55, 0.28, 0.65),
             "orange": (0.88, 0.50, 0.16), "teal": (0.18, 0.60, 0.60)}
 _SINES = 5
+Textures = list[np.ndarray]  # waves (N,sines,3), phases (N,sines), tints (N,sines,3), base colours (N,3)
 _LIGHT = np.array([0.449, -0.798, 0.402], dtype=np.float32)
 
 
@@ -47,22 +48,16 @@ class Scene:
     within the room.
     """
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, wall_contrast: float = 1.0) -> None:
         self.half = np.array([rng.uniform(3, 5), rng.uniform(1.4, 2.2), rng.uniform(3, 5)], dtype=np.float32)
         self.centre = np.array([0.0, -self.half[1], 0.0], dtype=np.float32)
         self.colour = str(rng.choice(list(_COLOURS)))
         self.things = [self._thing(rng, i) for i in range(int(rng.integers(3, 6)))]
-        count = 1 + len(self.things)
+        base = 0.8 * np.array([_COLOURS[self.colour], *(_COLOURS[t.colour] for t in self.things)])
         # Wavelengths of 0.5 to 2.5 m for walls and a third of that for things: none is finer than a pixel
         # seen from a few metres.
-        scale = np.array([1.0] + [0.35] * len(self.things))[:, None, None]
-        waves = rng.normal(size=(count, _SINES, 3))
-        waves /= np.linalg.norm(waves, axis=-1, keepdims=True)
-        waves *= 2 * np.pi / (rng.uniform(0.5, 2.5, (count, _SINES, 1)) * scale)
-        phases = rng.uniform(0, 2 * np.pi, (count, _SINES))
-        tints = rng.normal(scale=0.02, size=(count, _SINES, 3)) + rng.normal(scale=0.08, size=(count, _SINES, 1))
-        base = 0.8 * np.array([_COLOURS[self.colour], *(_COLOURS[t.colour] for t in self.things)])
-        self._textures = [x.astype(np.float32) for x in (waves, phases, tints, base)]
+        self._textures = textures(rng, base, np.array([1.0] + [0.35] * len(self.things)))
+        self._textures[2][0] *= wall_contrast
 
     def _thing(self, rng: np.random.Generator, index: int) -> Thing:
         shape = str(rng.choice(["box", "sphere"]))
@@ -78,12 +73,18 @@ class Scene:
         colour = str(rng.choice(list(_COLOURS)))
         return Thing(shape, colour, half, centre, swing, rng.uniform(0.15, 0.4), rng.uniform(0, 6.28))
 
+    def put(self, thing: Thing, look: Textures) -> None:
+        """Adds a thing with a look of its own, `textures` of one; it becomes the last of `things`."""
+        self.things.append(thing)
+        self._textures = [np.concatenate(pair) for pair in zip(self._textures, look, strict=True)]
+
     def caption(self) -> str:
         """What the room holds: "teal room with blue box, red sphere, red sphere"."""
         return f"{self.colour} room with {', '.join(sorted(f'{t.colour} {t.shape}' for t in self.things))}"
 
-    def cast(self, origin_3: np.ndarray, rays_N3: np.ndarray, time_s: float) -> tuple[np.ndarray, np.ndarray]:
-        """What rays from a point in the room hit: distances in lengths of the rays (N,) and colours (N,3) 0 to 1."""
+    def cast(self, origin_3: np.ndarray, rays_N3: np.ndarray, time_s: float) -> tuple[np.ndarray, ...]:
+        """What rays from a point in the room hit: distances in lengths of the rays (N,), colours (N,3) 0 to 1, and
+        which it is (N,), 0 for the room and 1 + i for things[i]."""
         origin_3, rays_N3 = origin_3.astype(np.float32), rays_N3.astype(np.float32)
         rays_N3 = np.where(np.abs(rays_N3) < 1e-9, np.float32(1e-9), rays_N3)
         solids = [("room", self.centre, self.half)]
@@ -102,12 +103,12 @@ class Scene:
                 axis = np.abs(point / half).argmax(axis=1)
                 normal = np.eye(3, dtype=np.float32)[axis] * np.sign(point) * (-1 if shape == "room" else 1)
             colour_N3[mine] = colour * (0.75 + 0.25 * (normal @ _LIGHT))[:, None]
-        return nearest_N, np.clip(colour_N3, 0, 1)
+        return nearest_N, np.clip(colour_N3, 0, 1), index_N
 
     def render(self, c2w_44: np.ndarray, k_4: np.ndarray, time_s: float, size_hw: tuple[int, int]) -> np.ndarray:
         """Image (H,W,3) uint8 at a time in seconds, 2x2 samples a pixel averaged."""
         height, width = size_hw
-        _, fine = self._view(c2w_44, k_4, time_s, (2 * height, 2 * width))
+        _, fine, _ = self._view(c2w_44, k_4, time_s, (2 * height, 2 * width))
         image = fine.reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
         return (image * 255).round().astype(np.uint8)
 
@@ -115,13 +116,28 @@ class Scene:
         """Planar depth (H,W) float32 in metres at pixel centres."""
         return self._view(c2w_44, k_4, time_s, size_hw)[0].reshape(size_hw)
 
+    def which(self, c2w_44: np.ndarray, k_4: np.ndarray, time_s: float, size_hw: tuple[int, int]) -> np.ndarray:
+        """What is seen at pixel centres (H,W): 0 the room, 1 + i things[i]."""
+        return self._view(c2w_44, k_4, time_s, size_hw)[2].reshape(size_hw)
+
     def _view(
         self, c2w_44: np.ndarray, k_4: np.ndarray, time_s: float, size_hw: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, ...]:
         v, u = (((np.arange(n) + 0.5) / n - c) / f for n, c, f in zip(size_hw, k_4[[3, 2]], k_4[[1, 0]]))
         rays = np.stack([*np.meshgrid(u, v), np.ones(size_hw)], axis=-1).reshape(-1, 3)
         # The rays' third component is 1, so lengths along them are planar depths.
         return self.cast(c2w_44[:3, 3], rays @ c2w_44[:3, :3].T, time_s)
+
+
+def textures(rng: np.random.Generator, base_N3: np.ndarray, scale_N: np.ndarray) -> Textures:
+    """Sums of sines of 0.5 to 2.5 m times scale, around base colours 0 to 1."""
+    count, scale = len(base_N3), scale_N[:, None, None]
+    waves = rng.normal(size=(count, _SINES, 3))
+    waves /= np.linalg.norm(waves, axis=-1, keepdims=True)
+    waves *= 2 * np.pi / (rng.uniform(0.5, 2.5, (count, _SINES, 1)) * scale)
+    phases = rng.uniform(0, 2 * np.pi, (count, _SINES))
+    tints = rng.normal(scale=0.02, size=(count, _SINES, 3)) + rng.normal(scale=0.08, size=(count, _SINES, 1))
+    return [x.astype(np.float32) for x in (waves, phases, tints, base_N3)]
 
 
 def _leave_box(origin_3: np.ndarray, rays_N3: np.ndarray, half_3: np.ndarray) -> np.ndarray:

@@ -100,8 +100,13 @@ class Session:
         self._decoder = codec.stream()
         self._image = first_frame
         self._origin: Cameras | None = None
-        self._latents = 0
+        self._latents = self._shot = 0
         self._queue: deque[Conditioning] = deque()
+
+    @property
+    def started(self) -> bool:
+        """Whether anything has been appended: from then on pieces have no first image of their own."""
+        return self._latents > 0
 
     def frames_in(self, seconds: float) -> int:
         """Raw frames that `append(..., seconds)` would add: whole chunks, and the first image once.
@@ -129,7 +134,9 @@ class Session:
         camera = None if camera is None else camera.to(self.device)
         new = -(-frames // self.stride)
         total = self._latents + new
+        self._shot += cut
         layout = Layout.chunked(1, total, self.chunk).frames(self._latents, total)
+        layout = dataclasses.replace(layout, shot=layout.shot + self._shot)
         grouped = None if camera is None else self._grouped(camera)
         cond = Conditioning(layout, self.text(((prompt,),)), grouped).to(self.device)
         parts = [cond.frames(a, b) for a, b in chunk_bounds(layout)]

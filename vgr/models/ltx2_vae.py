@@ -8,11 +8,8 @@ release's `vae/`) a piece is decoded after the last four latent frames before it
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from vgr.models import weights
-from vgr.seeding import torch_generator
+from vgr.nn import frozen
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_RELEASE = (
+    "The released VAEs (about 2.5 GB each, LTX-2 community licence) are vae/ of Efficient-Large-Model/"
+    "SANA-WM_bidirectional and, for exact streaming, ltx2_causal_vae/ of SANA-WM_streaming"
+)
 _PIECE = 4  # latent frames a causal decoder takes at once: bounds memory, changes nothing
 _CONTEXT = 4  # latent frames a decoder that looks ahead sees before a streamed piece: the overlap of released tiles
 
 
-class LTX2Codec(nn.Module):
+class LTX2Codec(frozen.FrozenVAE):
     """Video (B,3,F,H,W) in [-1, 1] to latents (B,C,T,H/h,W/w) with T = 1 + (F-1)/t; stride (t,h,w) as configured.
 
     folder: a local folder with config.json and safetensors, or a hub id, which needs a revision; subfolder: inside it.
     sample_posterior: latents drawn from the posterior, by a generator seeded with the clip, instead of its mode.
     tile, tile_stride: (frames, height, width) of the pieces in which long and large videos are encoded and blended,
         and decoded unless the decoder is causal; None: whole. dtype: of weights and activations; latents and video
-        are fp32 and stay on the device they came from. device: where the weights go first.
+        are fp32, not clamped, and stay on the device they came from. device: where the weights go first.
     `causal` tells whether streaming is exact; `fingerprint` is that of configuration, weights and sample_posterior.
     Raises ValueError or OSError for folders, weights and settings that do not fit.
     """
+
+    tile_axes = ("num_frames", "height", "width")
 
     def __init__(
         self,
@@ -50,94 +52,22 @@ class LTX2Codec(nn.Module):
         dtype: str = "float32",
         device: str = "cpu",
     ) -> None:
-        super().__init__()
-        if dtype not in _DTYPES:
-            raise ValueError(f"codec.dtype={dtype}: choose {' or '.join(_DTYPES)}")
+        kind = frozen.dtype_of("codec", dtype)
+        path = frozen.local("codec", folder, subfolder, revision, _RELEASE)
+        config, tensors = weights.load_folder(path, _ADAPTERS)
+        vae = _untrained(config, folder)
+        weights.assign(vae, tensors, folder)
+        scale = tensors["latents_std"].float() / vae.config.scaling_factor
+        stride = _stride(vae.config)
+        super().__init__(vae, kind, tensors["latents_mean"], scale, stride, sample_posterior, tile, tile_stride)
         self.config: dict[str, Any] = {
             "folder": str(folder), "subfolder": subfolder, "revision": revision, "sample_posterior": sample_posterior,
             "tile": tile and list(tile), "tile_stride": list(tile_stride), "dtype": dtype,
         }  # fmt: skip
-        self.sample_posterior = sample_posterior
-        config, tensors = weights.load_folder(_local(folder, subfolder, revision), _ADAPTERS)
-        self.vae = _untrained(config, folder).requires_grad_(False).eval()
-        self.to(_DTYPES[dtype])
-        weights.assign(self.vae, tensors, folder)
-        self.stride = _stride(self.vae.config)
-        self.tile, self.tile_stride = _tiles(tile, tile_stride, self.stride)
-        self.channels: int = self.vae.config.latent_channels
-        self.causal: bool = self.vae.decoder.is_causal
-        shape = (1, -1, 1, 1, 1)
-        self.register_buffer("mean", tensors["latents_mean"].float().view(shape), persistent=False)
-        scale = tensors["latents_std"].float() / self.vae.config.scaling_factor
-        self.register_buffer("scale", scale.view(shape), persistent=False)
-        self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio, _ = self.stride
-        self.vae.use_slicing = True
-        if self.tile is not None:
-            names = ("num_frames", "height", "width")
-            self.vae.enable_tiling(
-                **{f"tile_sample_min_{n}": x for n, x in zip(names, self.tile)},
-                **{f"tile_sample_stride_{n}": x for n, x in zip(names, self.tile_stride)},
-            )
-            self.vae.use_framewise_decoding = True  # what diffusers asks when it encodes; decoding does its own
+        self.causal: bool = vae.decoder.is_causal
+        vae.temporal_compression_ratio, vae.spatial_compression_ratio, _ = stride
+        vae.use_framewise_decoding = self.tile is not None  # what diffusers asks when it encodes, not decodes
         self.to(device)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> LTX2Codec:
-        """The codec of a local folder or hub id; options as the constructor's."""
-        return cls(folder, **options)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Sixteen hex digits; weights of bf16 files give the same in either dtype."""
-        known = {k: v for k, v in self.vae.config.items() if not k.startswith("_")}
-        digest = hashlib.sha256(json.dumps([known, self.sample_posterior], sort_keys=True).encode())
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.float().cpu().contiguous().numpy())
-        return digest.hexdigest()[:16]
-
-    def latent_frames(self, frames: int) -> int:
-        """T of F raw frames; ValueError unless F = 1 + n * stride[0]."""
-        t = self.stride[0]
-        if frames < 1 or (frames - 1) % t:
-            lower = 1 + max(frames - 1, 0) // t * t
-            raise ValueError(
-                f"{frames} frames do not fit the codec's temporal stride {t}; "
-                f"use 1 + n * {t}, for example {lower} or {lower + t}"
-            )
-        return 1 + (frames - 1) // t
-
-    @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """(B,3,F,H,W) in [-1,1] to normalised latents (B,C,T,H/h,W/w), fp32; ValueError on sizes that do not fit.
-
-        With a causal encoder, which released ones are, latent frame 0 is the first image's own.
-        """
-        _, h, w = self.stride
-        if video.ndim != 5 or video.shape[1] != 3 or video.shape[3] % h or video.shape[4] % w or 0 in video.shape:
-            near = "x".join(str(max(s, round(x / s) * s)) for x, s in zip(video.shape[-2:], (h, w)))
-            raise ValueError(
-                f"the codec takes (B,3,F,H,W) with height a multiple of {h} and width of {w}, "
-                f"got {tuple(video.shape)}; the nearest size is {near}"
-            )
-        self.latent_frames(video.shape[2])
-        with torch.autocast(self.mean.device.type, enabled=False):
-            posterior = self.vae.encode(video.to(self.mean.device, self.vae.dtype)).latent_dist
-        z = posterior.mode().float()
-        if self.sample_posterior:
-            # The clip seeds its own draw: the same in any batch, order or process.
-            seeds = [int(hashlib.sha256(clip.float().cpu().contiguous().numpy()).hexdigest()[:8], 16) for clip in video]
-            noise = [torch.randn(z.shape[1:], generator=torch_generator(0, "posterior", seed)) for seed in seeds]
-            z = z + posterior.std.float() * torch.stack(noise).to(z.device)
-        return ((z - self.mean) / self.scale).to(video.device)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B,C,T,H,W) of a clip from its first frame on to video (B,3,F,H*h,W*w), not clamped.
-
-        Clip by clip and, along time, piece by piece, so that memory grows only with the video itself.
-        """
-        return torch.cat([self.stream()(clip) for clip in latents.split(1)])
 
     def stream(self) -> LTX2DecodeStream:
         """A decoder that takes a clip's latent frames piece by piece; equal to `decode` where `causal`."""
@@ -171,34 +101,21 @@ class LTX2Codec(nn.Module):
         return self.vae.decoder(z, None)
 
 
-class LTX2DecodeStream:
-    """Streaming decode: call with successive latent frames (B,C,T,H,W), get their raw frames (B,3,F,H,W) fp32.
+class LTX2DecodeStream(frozen.VAEDecodeStream):
+    """Exact where `codec.causal`; else a piece's last frames, which would look at the next, differ from a whole's."""
 
-    The first call gives 1 + (T-1)*t raw frames, later ones T*t; what is kept between them does not grow. Exact where
-    `codec.causal`; else a piece's last frames, which would look at the next piece, differ from a whole decode's.
-    """
+    least = 2  # the decoder reflects at the edges
 
     def __init__(self, codec: LTX2Codec) -> None:
-        self.codec = codec
+        super().__init__(codec)
         self.started = False
         self.past: dict[nn.Module, Tensor] = {}  # last input frames of each causal convolution
         self.context: Tensor | None = None  # last latents, for a decoder that looks ahead
 
-    @torch.no_grad()
-    def __call__(self, latents: Tensor) -> Tensor:
-        codec = self.codec
-        if latents.ndim != 5 or latents.shape[1] != codec.channels or 0 in latents.shape or 1 in latents.shape[3:]:
-            raise ValueError(
-                f"the codec decodes latents (B,{codec.channels},T,H,W), H and W at least 2 since its decoder reflects "
-                f"at the edges; got {tuple(latents.shape)}"
-            )
-        z = (latents.to(codec.mean.device).float() * codec.scale + codec.mean).to(codec.vae.dtype)
-        with torch.autocast(z.device.type, enabled=False):
-            if codec.causal:
-                video = torch.cat([self._causal(piece).float() for piece in z.split(_PIECE, dim=2)], dim=2)
-            else:
-                video = self._looking_ahead(z).float()
-        return video.to(latents.device)
+    def _decode(self, z: Tensor) -> Tensor:
+        if self.codec.causal:
+            return torch.cat([self._causal(piece).float() for piece in z.split(_PIECE, dim=2)], dim=2)
+        return self._looking_ahead(z)
 
     def _looking_ahead(self, z: Tensor) -> Tensor:
         known = 0
@@ -255,23 +172,6 @@ def _unfold(x: Tensor, stride: Sequence[int]) -> Tensor:
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def _local(folder: str | Path, subfolder: str | None, revision: str | None) -> Path:
-    path = Path(folder)
-    if not path.is_dir():
-        if revision is None:
-            raise ValueError(
-                f"codec.folder={folder} is no local folder, and a hub id needs codec.revision (a commit). The released "
-                "VAEs (about 2.5 GB each, LTX-2 community licence) are vae/ of Efficient-Large-Model/"
-                "SANA-WM_bidirectional and, for exact streaming, ltx2_causal_vae/ of SANA-WM_streaming"
-            )
-        from huggingface_hub import snapshot_download
-
-        inside = f"{subfolder}/" if subfolder else ""
-        files = [f"{inside}config.json", f"{inside}*.safetensors"]
-        path = Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
-    return path / subfolder if subfolder else path
-
-
 def _stride(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """(t,h,w) of the down-samplers; configurations need not state it, and diffusers' default is another's."""
     kinds, scaling = config["downsample_type"], config["spatio_temporal_scaling"]
@@ -279,20 +179,6 @@ def _stride(config: Mapping[str, Any]) -> tuple[int, int, int]:
     t = config["patch_size_t"] * 2 ** sum(k != "spatial" for k in used)
     h = config["patch_size"] * 2 ** sum(k != "temporal" for k in used)
     return t, h, h
-
-
-def _tiles(
-    tile: Sequence[int] | None, tile_stride: Sequence[int], stride: tuple[int, int, int]
-) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    if tile is None:
-        return None, tuple(tile_stride)
-    fits = [0 < b < a and a % s == 0 and b % s == 0 for a, b, s in zip(tile, tile_stride, stride)]
-    if len(tile) != 3 or len(tile_stride) != 3 or not all(fits):
-        raise ValueError(
-            f"codec.tile={list(tile)} and codec.tile_stride={list(tile_stride)} are (frames, height, width), "
-            f"multiples of the codec's stride {list(stride)}, each tile larger than its stride"
-        )
-    return tuple(tile), tuple(tile_stride)
 
 
 def _untrained(config: dict[str, Any], source: str | Path) -> nn.Module:

@@ -48,7 +48,7 @@ def _camera_from_main(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Camera projections, norms and filters as copies of the main branch's; biases and the output are zero."""
     result = dict(tensors)
     for name, tensor in tensors.items():
-        if name.endswith(("attn.qkv.weight", "attn.q_norm.weight", "attn.k_norm.weight", "attn.conv_k")):
+        if name.endswith((".attn.qkv.weight", ".attn.q_norm.weight", ".attn.k_norm.weight", ".attn.conv_k")):
             head, _, kind = name.partition(".attn.")
             first, _, rest = kind.partition(".")
             result[f"{head}.attn.{first}_cam{'.' + rest if rest else ''}"] = tensor.clone()

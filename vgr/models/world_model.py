@@ -21,6 +21,7 @@ from vgr.nn.camera import pluecker_tokens, ray_transforms
 from vgr.nn.embed import sinusoid
 from vgr.nn.ffn import ConvFeedForward
 from vgr.nn.norm import RMSNorm, modulated_norm
+from vgr.nn.precision import Linear32, in_own_precision
 from vgr.nn.rope import axis_pairs, rope_table
 from vgr.types import Conditioning, Shard
 
@@ -151,8 +152,8 @@ class WorldModel(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.x_embedder = nn.Linear(in_channels, width)
         self.plucker_embedder = nn.Linear(6 * raw_frames, width)
-        self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.t_block = nn.Linear(width, 6 * width)
+        self.t_embedder = nn.Sequential(Linear32(256, width), nn.SiLU(), Linear32(width, width))
+        self.t_block = Linear32(width, 6 * width)
         self.y_proj = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
         self.attention_y_norm = RMSNorm(width, 1e-5, scale=0.01)
         kinds = ["softmax" if softmax_every and (i + 1) % softmax_every == 0 else mixer for i in range(layers)]
@@ -200,6 +201,7 @@ class WorldModel(nn.Module):
         """The state before a video's first chunk; with detach=False gradients flow through what commits store."""
         return WorldModelState((None,) * len(self.blocks), 0, 0, detach)
 
+    @in_own_precision
     def forward(
         self,
         x: Tensor,
@@ -221,9 +223,8 @@ class WorldModel(nn.Module):
         tokens = self.x_embedder(x.permute(0, 2, 3, 4, 1).flatten(2, 3).float()).float()
         # fp32 times may stand an ulp below an integer multiple of 1/1000; the slack keeps 29 from becoming 28.
         time = torch.floor(1000.0 * t.double() + 1e-4).float() if self.truncate_times else 1000.0 * t.float()
-        with torch.autocast(x.device.type, enabled=False):
-            t_emb = self.t_embedder(sinusoid(time))
-            modulation = self.t_block(F.silu(t_emb)).unflatten(-1, (6, -1))
+        t_emb = self.t_embedder(sinusoid(time))
+        modulation = self.t_block(F.silu(t_emb)).unflatten(-1, (6, -1))
         text, text_mask = self._text(cond, height * width)
         table = rope_table(cond.layout.position, height, width, self.head_dim)
         camera, pluecker = self._cameras(cond, height, width)

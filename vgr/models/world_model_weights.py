@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vgr.models.weights import UNUSED
+from vgr.nn.attention import OPEN_GATE
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,28 @@ _NAMES = (
     ("attn.conv_k.weight", "attn.conv_k"),
 )
 _PORT_NAMES = (("t_embedder.mlp.0.", "t_embedder.linear_1."), ("t_embedder.mlp.2.", "t_embedder.linear_2."))
+# Beginnings of diffusers' names of SANA-Video, which the world model grew from, and ours (spec 5.3).
+_SANA_VIDEO = (
+    ("patch_embedding.", "x_embedder."),
+    ("time_embed.emb.timestep_embedder.linear_1.", "t_embedder.0."),
+    ("time_embed.emb.timestep_embedder.linear_2.", "t_embedder.2."),
+    ("time_embed.linear.", "t_block."),
+    ("caption_projection.linear_1.", "y_proj.0."),
+    ("caption_projection.linear_2.", "y_proj.2."),
+    ("caption_norm.", "attention_y_norm."),
+    ("proj_out.", "final_linear."),
+    ("attn1.norm_q.", "attn.q_norm."),
+    ("attn1.norm_k.", "attn.k_norm."),
+    ("attn1.to_out.0.", "attn.proj."),
+    ("attn2.norm_q.", "cross_attn.q_norm."),
+    ("attn2.norm_k.", "cross_attn.k_norm."),
+    ("attn2.to_q.", "cross_attn.q_linear."),
+    ("attn2.to_out.0.", "cross_attn.proj."),
+    ("ff.conv_inverted.", "mlp.expand."),
+    ("ff.conv_depth.", "mlp.depthwise."),
+    ("ff.conv_point.", "mlp.project."),
+    ("ff.conv_temp.", "mlp.temporal."),
+)
 # Linear layers of ours that are convolutions with a kernel of one there: how many axes those add.
 _KERNELS = {"x_embedder.weight": 3, "plucker_embedder.weight": 3, "mlp.expand.weight": 2, "mlp.project.weight": 2}
 # Without effect on the output, and why; those of _GATES in softmax blocks only.
@@ -105,26 +128,68 @@ def _arguments(tensors: dict[str, Tensor], layers: int, softmax: list[int]) -> d
     if softmax != list(range(every - 1, layers, every)):
         raise ValueError(f"attn.conv_k is missing in blocks {softmax}; it may be in every n-th (softmax) only")
     try:
-        width, channels = tensors["x_embedder.weight"].shape
-        hidden = tensors["blocks.0.mlp.depthwise.weight"].shape[0] // 2
         gates = next((t for k, t in tensors.items() if k.endswith("attn.A_log")), None)
         taps = next((t for k, t in tensors.items() if k.endswith("attn.conv_k")), None)
         if gates is None:
             raise ValueError("the number of heads cannot be told: no block has attn.A_log")
-        ratios = (hidden / width, math.nextafter(hidden / width, math.inf))  # int(width * ratio) must be hidden
         return {
-            "in_channels": channels,
-            "width": width,
+            **_sizes(tensors, layers),
             "heads": len(gates),
-            "layers": layers,
             "softmax_every": every,
-            "mlp_ratio": next(r for r in ratios if int(width * r) == hidden),
-            "text_width": tensors["y_proj.0.weight"].shape[1],
             "raw_frames": tensors["plucker_embedder.weight"].shape[1] // 6,
             "conv_kernel": 4 if taps is None else taps.shape[-1],
         }
     except KeyError as error:
         raise ValueError(f"these are not a world model's weights, {error} is missing") from error
+
+
+def _sizes(tensors: dict[str, Tensor], layers: int) -> dict[str, Any]:
+    width, channels = tensors["x_embedder.weight"].shape
+    hidden = tensors["blocks.0.mlp.depthwise.weight"].shape[0] // 2
+    ratios = (hidden / width, math.nextafter(hidden / width, math.inf))  # int(width * ratio) must be hidden
+    return {
+        "in_channels": channels,
+        "width": width,
+        "layers": layers,
+        "mlp_ratio": next(r for r in ratios if int(width * r) == hidden),
+        "text_width": tensors["y_proj.0.weight"].shape[1],
+    }
+
+
+def from_sana_video(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A diffusers SANA-Video folder as the linear-attention model that the world model starts from (spec 5.3).
+
+    Its patches of 1 x p x p cells come as p*p*C channels, pixel by pixel. Output gates, which it has not, are open.
+    The camera branch is not there: surgery=[camera] or from_pretrained(partial=True) starts it.
+    """
+    heads = config["num_attention_heads"]
+    patch, cross = config.get("patch_size", (1, 2, 2)), config.get("num_cross_attention_heads", heads)
+    if patch[0] != 1 or cross != heads or config.get("guidance_embeds"):
+        raise ValueError(
+            f"patches of {patch[0]} frames, {cross} text heads beside {heads} or guidance_embeds="
+            f"{config.get('guidance_embeds')}: of SANA-Video's forms 1 frame, equal heads and no guidance can be read"
+        )
+    ours = {_swap(k.removeprefix("transformer_"), _SANA_VIDEO): v for k, v in tensors.items()}
+    numbers = [int(name.split(".")[1]) for name in ours if name.startswith("blocks.")]
+    try:
+        ours["final_table"] = ours.pop("scale_shift_table")
+        embed = ours["x_embedder.weight"]
+        ours["x_embedder.weight"] = embed.permute(0, 2, 3, 4, 1)
+        for i in sorted(set(numbers)):
+            b = f"blocks.{i}."
+            joined = {"attn.qkv.weight": [f"attn1.to_{p}.weight" for p in "qkv"]}
+            joined |= {f"cross_attn.kv_linear.{x}": [f"attn2.to_{p}.{x}" for p in "kv"] for x in ("weight", "bias")}
+            for name, parts in joined.items():
+                ours[b + name] = torch.cat([ours.pop(b + part) for part in parts])
+            ours[f"{b}attn.output_gate.weight"] = embed.new_zeros(len(embed), len(embed))
+            ours[f"{b}attn.output_gate.bias"] = embed.new_full((len(embed),), OPEN_GATE)
+        for name in ours:
+            if _block(name)[1] in _KERNELS:
+                ours[name] = ours[name].flatten(1)
+        sizes = _sizes(ours, 1 + max(numbers, default=-1))
+    except KeyError as error:
+        raise ValueError(f"these are not SANA-Video's weights, {error} is missing") from error
+    return {**sizes, "heads": heads, "mixer": "linear", "softmax_every": 0}, ours
 
 
 def to_original(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -198,7 +263,12 @@ def _start(rest: str, starts: dict[str, str]) -> str | None:
 
 
 # Reading: by the class name in config.json, None for a file or folder without one.
-ADAPTERS = {"WorldModel": own, "SanaWMTransformer3DModel": from_diffusers, None: from_original}
+ADAPTERS = {
+    "WorldModel": own,
+    "SanaWMTransformer3DModel": from_diffusers,
+    "SanaVideoTransformer3DModel": from_sana_video,
+    None: from_original,
+}
 # Writing: class name for config.json, beginning of the file's name, translation.
 EXPORTS = {
     "vgr": ("WorldModel", "model", own),

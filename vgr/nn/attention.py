@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from vgr.nn.camera import limit_rms, transform_groups
 from vgr.nn.gated_delta import frame_states, frame_summaries
 from vgr.nn.norm import RMSNorm
+from vgr.nn.precision import Linear32
 from vgr.nn.rope import rotate
 from vgr.nn.temporal import part, symmetric_filter
 from vgr.types import Shard
+
+OPEN_GATE = 1.2784645  # SiLU of it is 1
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,7 @@ class DualAttention(nn.Module):
         self.out_proj_cam = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
         if kind == "gdn":
-            self.beta_proj = nn.Linear(width, heads)
-            self.gate_proj = nn.Linear(width, heads)
+            self.beta_proj, self.gate_proj = Linear32(width, heads), Linear32(width, heads)
             self.A_log = nn.Parameter(torch.zeros(heads))
             self.dt_bias = nn.Parameter(torch.full((heads,), -5.0))
             # Causal taps as released, the last one is the current frame; used symmetrically (spec 3.1).
@@ -142,7 +144,7 @@ class DualAttention(nn.Module):
     def reset_special(self) -> None:
         """The inits that make a new block start as plain linear attention without a camera (spec 3.2, 4.2)."""
         nn.init.zeros_(self.output_gate.weight)
-        nn.init.constant_(self.output_gate.bias, 1.27846)  # SiLU of it is 1
+        nn.init.constant_(self.output_gate.bias, OPEN_GATE)
         nn.init.zeros_(self.out_proj_cam.weight)
         nn.init.zeros_(self.out_proj_cam.bias)
         with torch.no_grad():
@@ -231,8 +233,8 @@ class DualAttention(nn.Module):
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Update gate (B,T,S,N,1) per token and decay (T,B*N) per frame (spec 3.2)."""
         beta = torch.sigmoid(self.beta_proj(x)).unsqueeze(-1)
-        rate = F.softplus(self.gate_proj(x.mean(2)) + self.dt_bias)
-        decay = torch.exp(-self.A_log.exp() * rate)
+        rate = F.softplus(self.gate_proj(x.mean(2)) + self.dt_bias.float())
+        decay = torch.exp(-self.A_log.float().exp() * rate)
         return beta, decay.permute(1, 0, 2).flatten(1)
 
     def _states(

@@ -29,39 +29,32 @@ class _FrameStates(torch.autograd.Function):
         initial: Tensor | None,
         following: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ahead, behind = torch.empty_like(a), torch.empty_like(a)
-        frames = a.shape[0]
-        ahead[0] = a[0] if initial is None else torch.baddbmm(a[0], g[0], initial)
-        behind[-1] = 0.0 if following is None or len(a) - 1 in ends else following
-        for t in range(1, frames):
-            torch.baddbmm(a[t], g[t], ahead[t - 1], out=ahead[t])
-            u = frames - t
-            if u - 1 in ends:
-                behind[u - 1] = 0.0
-            else:
-                torch.baddbmm(a[u], g[u], behind[u], out=behind[u - 1])
+        # Lists of steps, not writes into a whole: the compiler would copy the whole at every step.
+        ahead = [a[0] if initial is None else torch.baddbmm(a[0], g[0], initial)]
+        behind = [torch.zeros_like(a[0]) if following is None or len(a) - 1 in ends else following]
+        for t in range(1, len(a)):
+            u = len(a) - t
+            ahead.append(torch.baddbmm(a[t], g[t], ahead[-1]))
+            behind.append(torch.zeros_like(a[u]) if u - 1 in ends else torch.baddbmm(a[u], g[u], behind[-1]))
+        last, ahead, behind = ahead[-1], torch.stack(ahead), torch.stack(behind[::-1])
         ctx.save_for_backward(g, ahead, behind, initial)
         ctx.ends, ctx.followed = ends, following is not None
-        return ahead + behind, ahead[-1].clone()
+        return ahead + behind, last.clone() if len(a) == 1 else last
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, grad_last: Tensor
     ) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None]:
         g, ahead, behind, initial = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_ahead, to_behind = torch.empty_like(grad), torch.empty_like(grad)
-        frames = grad.shape[0]
-        torch.add(grad[-1], grad_last, out=to_ahead[-1])
+        frames = len(grad)
         # A chunk's last frame reads nothing from behind, so no gradient passes it.
-        to_behind[0] = 0.0 if 0 in ctx.ends else grad[0]
+        to_ahead, to_behind = [grad[-1] + grad_last], [torch.zeros_like(grad[0]) if 0 in ctx.ends else grad[0]]
         for t in range(1, frames):
             u = frames - 1 - t
-            torch.baddbmm(grad[u], g[u + 1].mT, to_ahead[u + 1], out=to_ahead[u])
-            if t in ctx.ends:
-                to_behind[t] = 0.0
-            else:
-                torch.baddbmm(grad[t], g[t].mT, to_behind[t - 1], out=to_behind[t])
+            to_ahead.append(torch.baddbmm(grad[u], g[u + 1].mT, to_ahead[-1]))
+            passed = t not in ctx.ends
+            to_behind.append(torch.baddbmm(grad[t], g[t].mT, to_behind[-1]) if passed else torch.zeros_like(grad[t]))
+        to_ahead, to_behind = torch.stack(to_ahead[::-1]), torch.stack(to_behind)
         grad_g = torch.zeros_like(g)
         grad_initial = None
         if initial is not None:

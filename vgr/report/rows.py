@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vgr.data.files import write_json
+from vgr.data.shards import latent_shots
 from vgr.metrics import frame_rate
 from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint
 from vgr.seeding import derive_seed
@@ -81,7 +82,7 @@ def make_rows(
 ) -> dict[str, VideoSet]:
     """Codec, model and swapped rows, made where missing; speed is measured once, with the model's row.
 
-    generator: see vgr.sample.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
+    generator: see vgr.generator.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
     of the model; its swapped camera is that of the clip half the list further.
     """
     import torch
@@ -103,7 +104,9 @@ def make_rows(
             for xs in ([c.c2w for c in group], [c.intrinsics for c in group])
         )
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
-        return generator(first, Cameras(c2w, intrinsics), tuple(c.captions for c in group), seeds)
+        latents = 1 + (frames - 1) // generator.stride
+        shot = torch.from_numpy(np.stack([latent_shots(c.starts, latents, generator.stride) for c in group]))
+        return generator(first, Cameras(c2w, intrinsics), tuple(c.captions for c in group), seeds, shot=shot)
 
     source = {"codec": generator.codec.fingerprint, "truth": truth.info["fingerprint"], "frames": frames}
     by = {
@@ -149,5 +152,5 @@ def _round_trip(generator: Any, truth: VideoSet, group: list[Clip], frames: int)
 
 def _clip(shards: Any, key: str) -> Clip:
     sample = shards.read(list(shards.keys).index(key))
-    captions = tuple(shot["caption"] for shot in sample.meta["shots"])
-    return Clip(key, np.asarray(sample.c2w, np.float64), np.asarray(sample.intrinsics, np.float64), captions)
+    captions, starts = (tuple(shot[k] for shot in sample.meta["shots"]) for k in ("caption", "start"))
+    return Clip(key, np.asarray(sample.c2w, np.float64), np.asarray(sample.intrinsics, np.float64), captions, starts)

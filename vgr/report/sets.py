@@ -26,12 +26,13 @@ CRF = 14  # of the videos we write; stated in set.json
 
 
 class Clip(NamedTuple):
-    """What one video is asked for: its name, commanded cameras c2w (F,4,4), intrinsics (F,4), one text a shot."""
+    """What is asked for: name, commanded cameras c2w (F,4,4), intrinsics (F,4), text and first frame of each shot."""
 
     key: str
     c2w: NDArray[np.float64]
     intrinsics: NDArray[np.float64]
     captions: tuple[str, ...]
+    starts: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
-from vgr.models import weights, world_model_weights
+from vgr.models import causal_video_weights, weights, world_model_weights
+from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
 from vgr.models.ltx2_vae import LTX2Codec
 from vgr.models.text import ByteTextEncoder
+from vgr.models.umt5 import UMT5Text
+from vgr.models.wan_vae import WanCodec
 from vgr.models.world_model import WorldModel
 from vgr.nn import lora
 from vgr.training import checkpoints
+from vgr.types import Codec
 
-KNOWN = {c.__name__: c for c in (WorldModel, ByteTextEncoder, Gemma2Text, CosineCodec, LTX2Codec)}
+PARTS = (WorldModel, CausalVideo, ByteTextEncoder, Gemma2Text, UMT5Text, CosineCodec, LTX2Codec, WanCodec)
+KNOWN = {part.__name__: part for part in PARTS}
+# Translations of weights by the model they are of.
+WEIGHTS = {"WorldModel": world_model_weights, "CausalVideo": causal_video_weights}
 
 
 def rebuild(checkpoint: Path) -> dict[str, Any]:
@@ -36,6 +43,33 @@ def rebuild(checkpoint: Path) -> dict[str, Any]:
         checkpoints.match(own, {k: v.shape for k, v in parts[part].state_dict().items()}, checkpoint)
         parts[part].load_state_dict(own)
     return parts
+
+
+def rebuild_teacher(run: str | Path, codec: Codec | None = None) -> dict[str, Any]:
+    """`rebuild` of a run that is asked for whole clips, in latents of `codec` if given. ValueError if it cannot be."""
+    checkpoint = checkpoints.resolve(Path(run))
+    chunk = checkpoints.read_generator(checkpoint).get("chunk")
+    if chunk is not None:
+        raise ValueError(
+            f"teacher={run} is chunk-causal (its training.chunk={chunk}); a teacher sees whole clips: give a "
+            "bidirectional run, training.chunk=null"
+        )
+    if codec is not None:
+        refuse_other_codec("teacher", run, codec)
+    return rebuild(checkpoint)
+
+
+def refuse_other_codec(key: str, run: str | Path, codec: Codec) -> None:
+    """ValueError if `run`, given as `key`, was trained on another codec's latents; weights alone do not say."""
+    try:
+        record = checkpoints.read_generator(checkpoints.resolve(Path(run)))
+    except FileNotFoundError:
+        return
+    if record["codec_fingerprint"] != codec.fingerprint:
+        raise ValueError(
+            f"{key}={run} was trained on latents of {record['codec']['class']} {record['codec_fingerprint']}, this "
+            f"run's codec is {type(codec).__name__} {codec.fingerprint}: give a run of this codec, or take that one's"
+        )
 
 
 def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -57,20 +91,34 @@ def read(
     has the model only.
     FileNotFoundError or ValueError say what is missing, damaged, not a world model, or a base that has changed.
     """
-    names = world_model_weights
     try:
         folder = checkpoints.resolve(Path(source))
     except FileNotFoundError:
         if Path(source, "adapter_config.json").is_file():
             return _with_adapters(Path(source))
-        path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
-        config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
-        return {"model": {"class": "WorldModel", "config": config}}, {f"model.{k}": v for k, v in tensors.items()}
+        name, config, tensors = _weights(source, revision)
+        return {"model": {"class": name, "config": config}}, {f"model.{k}": v for k, v in tensors.items()}
     record, tensors = checkpoints.read_generator(folder), checkpoints.read_weights(folder, part)
     if "lora" in record:
         told = record["lora"]
         tensors = lora.merge(_base(told, folder), tensors, told["alpha"] / told["rank"])
     return record, tensors
+
+
+def _weights(source: str | Path, revision: str | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Class name, constructor arguments and tensors of weights in any model's forms."""
+    known = WEIGHTS.values()
+    patterns = sorted({pattern for names in known for pattern in names.PATTERNS})
+    path = weights.fetch(source, revision, patterns, " ".join(names.HOW_TO_GET for names in known))
+    adapters = {form: translate for names in known for form, translate in names.ADAPTERS.items()}
+    config, tensors = weights.load_folder(path, {**adapters, None: _from_original}, world_model_weights.INSIDE)
+    return "CausalVideo" if "patch_embed.weight" in tensors else "WorldModel", config, tensors
+
+
+def _from_original(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Of a file without a configuration: the two releases' patch layers have different names."""
+    names = causal_video_weights if any("patch_embedding." in name for name in tensors) else world_model_weights
+    return names.ADAPTERS[None](config, tensors)
 
 
 def _with_adapters(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

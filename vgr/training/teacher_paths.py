@@ -15,7 +15,7 @@ from vgr.distillation.ode import trajectory
 from vgr.seeding import normal_like
 from vgr.training import checkpoints
 from vgr.training.conditioning import conditioning
-from vgr.training.rebuild import rebuild
+from vgr.training.rebuild import rebuild_teacher
 
 
 class TeacherPaths:
@@ -35,7 +35,7 @@ class TeacherPaths:
         if self.times != sorted(self.times, reverse=True) or self.times[0] != 1.0 or self.times[-1] != 0.0:
             raise ValueError(f"source.times={self.times} must fall from 1 to 0")
         self.grid = sigma_grid(steps, shift)
-        self.parts = rebuild(self.checkpoint)
+        self.parts = rebuild_teacher(teacher)
         self.shards = Shards(clips, self.parts["codec"].fingerprint)
         self.settings = {"steps": steps, "shift": shift, "guidance": guidance, "clips": clips}
         if frames is not None:

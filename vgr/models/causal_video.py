@@ -1,0 +1,368 @@
+"""The causal video model: Wan 2.1's transformer, made causal between chunks of frames (CausalCine, arXiv 2605.12496).
+
+Sections are those of the specification. Tokens are (B,T,S,D), S = H/2 * W/2 patches of a latent frame, one time per
+latent frame. One set of weights has four forms: bidirectional (one chunk), chunk-causal, packed teacher forcing
+(every frame twice, as context and as target, 3.2), and streaming from a state (3.7 says which equals which).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vgr.models import causal_video_weights, weights
+from vgr.nn.causal_attention import Call, CausalAttention, Gathered, PaddedCrossAttention, Query, relative_table
+from vgr.nn.embed import sinusoid
+from vgr.nn.memory import Frame, KeyValues, MemoryPolicy
+from vgr.nn.norm import modulated_norm
+from vgr.nn.precision import Linear32, in_own_precision
+from vgr.nn.rope import rope_table
+from vgr.types import Conditioning, Layout, Shard
+
+PATCH = 2
+
+
+class Block(nn.Module):
+    """Self-attention, text, feed-forward (spec 2.2); the table modulates per frame, text is not gated."""
+
+    def __init__(self, width: int, heads: int, ffn_width: int, text_length: int, attn: CausalAttention) -> None:
+        super().__init__()
+        self.attn = attn
+        self.cross_norm = nn.LayerNorm(width, eps=1e-6)
+        self.cross = PaddedCrossAttention(width, heads, text_length)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU("tanh"), nn.Linear(ffn_width, width))
+        self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        runs: list[tuple[int, int, list[int]]],
+        call: Call,
+        past: list[KeyValues],
+        gathered: Gathered | None,
+        shard: Shard | None,
+    ) -> tuple[Tensor, KeyValues, Gathered]:
+        m = (modulation + self.table).unsqueeze(3)  # (B,T,6,1,D)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = m.unbind(2)
+        mixed, own, gathered = self.attn(modulated_norm(x, shift_a, scale_a), call, past, gathered, shard)
+        x = torch.addcmul(x, gate_a, mixed.float())
+        norm = self.cross_norm
+        asked = F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        x = x + self.cross(asked, text, runs)
+        return torch.addcmul(x, gate_f, self.ffn(modulated_norm(x, shift_f, scale_f)).float()), own, gathered
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkMemory:
+    """A committed chunk: its frames and, for each layer, their keys and values. Never changed, so states share it."""
+
+    frames: tuple[Frame, ...]
+    layers: tuple[KeyValues, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalVideoState:
+    """What the model remembers; opaque to callers.
+
+    blocks: committed chunks that may still be read; frames, chunk: latent frames and chunks committed; choices and
+    gathered: what the chunk at work has chosen and read, layer by layer; detach: commits store no graph.
+    """
+
+    blocks: tuple[ChunkMemory, ...]
+    frames: int
+    chunk: int
+    detach: bool
+    choices: dict[tuple[int, int], Tensor] | None = None
+    gathered: tuple[Gathered, ...] | None = None
+
+
+class CausalVideo(nn.Module):
+    """Noisy latents, per-frame times and one text a shot to velocity; causal between chunks of `cond.layout`.
+
+    in_channels: latent channels; width, heads, layers, ffn_width: the transformer, width/heads even; text_width: of
+    the text encoder's states; text_length: places a text has, those beyond its tokens being zero vectors (2.2);
+    window, sink, shot_sink, routed, relative, per_step, route_layer, place: what a chunk remembers, see
+    `vgr.nn.memory.MemoryPolicy` (CausalCine: window 3, routed 5); activation_checkpointing: recompute blocks in the
+    backward pass. Cameras in cond are not read: the model has no camera.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 16,
+        width: int = 1536,
+        heads: int = 12,
+        layers: int = 30,
+        ffn_width: int = 8960,
+        text_width: int = 4096,
+        text_length: int = 512,
+        window: int | None = None,
+        sink: int = 0,
+        shot_sink: int = 0,
+        routed: int = 0,
+        relative: bool = True,
+        per_step: bool = False,
+        route_layer: int | None = None,
+        place: str = "device",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            k: v for k, v in locals().items() if k not in ("self", "__class__", "activation_checkpointing")
+        }
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"model.width / model.heads must be an even number, got {width} / {heads}")
+        self.policy = MemoryPolicy(window, sink, shot_sink, routed, relative, per_step, route_layer, place)
+        self.in_channels, self.heads, self.head_dim, self.text_length = in_channels, heads, width // heads, text_length
+        self.activation_checkpointing = activation_checkpointing
+        self.patch_embed = nn.Linear(in_channels * PATCH**2, width)
+        self.text_proj = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.time_embed = nn.Sequential(Linear32(256, width), nn.SiLU(), Linear32(width, width))
+        self.time_proj = Linear32(width, 6 * width)
+        attentions = (CausalAttention(width, heads, self.policy, layer) for layer in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, ffn_width, text_length, a) for a in attentions)
+        self.final_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.final = nn.Linear(width, in_channels * PATCH**2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for linear layers, small normal ones for text and time; the output starts at zero (spec 2.2)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for linear in (*self.text_proj, *self.time_embed):
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(self.final.weight)
+
+    def new_state(self, detach: bool = True) -> CausalVideoState:
+        """The state before a video's first chunk; with detach=False gradients flow through what commits store."""
+        return CausalVideoState((), 0, 0, detach)
+
+    @in_own_precision
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        state: CausalVideoState | None = None,
+        *,
+        commit: bool = False,
+    ) -> tuple[Tensor, CausalVideoState | None]:
+        """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1].
+
+        With a state the frames follow those committed; commit=True, the clean pass, adds them to what is returned,
+        without it the state has this chunk's choices. Without one: one chunk, several, or a packed layout.
+        """
+        grid = x.shape[3] // PATCH, x.shape[4] // PATCH
+        frames = self._check(x, t, cond, state, commit)
+        call = self._call(frames, cond.layout, grid, state, x.device)
+        tokens = self.patch_embed(_patches(x.float())).float()
+        t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
+        modulation = self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
+        runs = _runs(frames)
+        args = (modulation, self._text(cond), runs, call)
+        reuse = state is not None and state.gathered is not None and (commit or not self._rechoose)
+        kept, gathered = [], []
+        for i, block in enumerate(self.blocks):
+            past = [] if state is None else [b.layers[i] for b in state.blocks]
+            ready = state.gathered[i] if reuse else None
+            if self.activation_checkpointing and self.training:
+                tokens, own, read = checkpoint(block, tokens, *args, past, ready, None, use_reentrant=False)
+            else:
+                tokens, own, read = block(tokens, *args, past, ready, None)
+            kept.append(own)
+            gathered.append(read)
+        shift, scale = (t_emb.unsqueeze(2) + self.final_table).unsqueeze(3).unbind(2)
+        out = _pixels(self.final(modulated_norm(tokens, shift, scale)).float(), grid)
+        if state is None:
+            return out, None
+        if commit:
+            return out, self._committed(state, frames, kept)
+        gathered = tuple(gathered) if state.detach else None  # a graph's tensors serve one call
+        return out, dataclasses.replace(state, choices=dict(call.choices), gathered=gathered)
+
+    @property
+    def _rechoose(self) -> bool:
+        return self.policy.per_step and self.policy.routed > 0
+
+    def _check(
+        self, x: Tensor, t: Tensor, cond: Conditioning, state: CausalVideoState | None, commit: bool
+    ) -> list[tuple[Frame, int]]:
+        """The call's frames and roles on the host (the one synchronisation of a call). Raises ValueError."""
+        if x.shape[1] != self.in_channels or t.shape != (x.shape[0], x.shape[2]) or x.shape[3] % 2 or x.shape[4] % 2:
+            raise ValueError(
+                f"the causal video model takes x (B,{self.in_channels},T,H,W), H and W even, and t (B,T), "
+                f"got {tuple(x.shape)} and {tuple(t.shape)}"
+            )
+        layout = cond.layout
+        numbers = torch.cat([torch.stack([layout.position, layout.chunk, layout.role]), layout.shot]).tolist()
+        position, chunk, role, *shots = numbers
+        if len(position) != x.shape[2]:
+            raise ValueError(f"cond.layout must hold the {x.shape[2]} latent frames of x, got {len(position)}")
+        frames = [(Frame(p, c, s), r) for p, c, r, *s in zip(position, chunk, role, *shots)]
+        frames = [(dataclasses.replace(f, shot=tuple(f.shot)), r) for f, r in frames]
+        most = cond.text.mask.shape[1]
+        if 1 < most <= max(map(max, shots)):  # one text serves every shot
+            raise ValueError(
+                f"cond.layout names shot {max(map(max, shots))} (from 0), but cond.text has {most}: give one text for "
+                "all shots, or one a shot"
+            )
+        if cond.text.states.shape[2] > self.text_length:
+            raise ValueError(f"texts have {self.text_length} places, got {cond.text.states.shape[2]}: cut them")
+        for wanted in sorted(set(role)):
+            own = [f for f, r in frames if r == wanted]
+            steps = [f.position for f in own]
+            if steps != list(range(steps[0], steps[0] + len(steps))) or [f.chunk for f in own] != sorted(
+                f.chunk for f in own
+            ):
+                raise ValueError("frames of one role must be successive, in chunks of non-decreasing index")
+        if 1 in role and state is not None:
+            raise ValueError("a packed call holds its own context: it takes no state")
+        if commit and state is None:
+            raise ValueError("commit=True needs a state: start with state=model.new_state()")
+        if state is not None and (position[0] != state.frames or chunk[0] != state.chunk):
+            raise ValueError(
+                f"the state has committed {state.frames} frames in {state.chunk} chunks; "
+                f"this call starts at frame {position[0]}, chunk {chunk[0]}"
+            )
+        if state is not None and not commit and chunk[0] != chunk[-1]:
+            raise ValueError(f"a call with a state holds one whole chunk unless it commits, got {chunk[0]}-{chunk[-1]}")
+        return frames
+
+    def _call(
+        self,
+        frames: list[tuple[Frame, int]],
+        layout: Layout,
+        grid: tuple[int, int],
+        state: CausalVideoState | None,
+        device: torch.device,
+    ) -> Call:
+        """What each chunk of the call reads. Clean frames come from the memory and the call's context or own frames."""
+        roles = {r for _, r in frames}
+        source = 1 if 1 in roles else 0
+        inside = [i for i, (_, r) in enumerate(frames) if r == source]
+        pool = [f for b in state.blocks for f in b.frames] if state is not None else []
+        pool += [frames[i][0] for i in inside]
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for role in sorted(roles):
+            for chunk in sorted({f.chunk for f, r in frames if r == role}):
+                own = [i for i, (f, r) in enumerate(frames) if r == role and f.chunk == chunk]
+                spans.setdefault(chunk, []).append((own[0], own[-1] + 1))
+        queries = tuple(self._query(c, tuple(where), pool, frames, device) for c, where in spans.items())
+        if self.policy.rotates_once:
+            table = rope_table(layout.position, *grid, self.head_dim)
+        else:
+            sizes = [max(map(len, q.always)) + q.spans[0][1] - q.spans[0][0] for q in queries]
+            routed = [0 if q.choices is None else self.policy.routed for q in queries]
+            table = relative_table(max(map(sum, zip(sizes, routed))), grid, self.head_dim, device)
+        again = state is None or state.choices is None or self._rechoose
+        return Call(queries, (inside[0], inside[-1] + 1), table, {} if again else dict(state.choices))
+
+    def _query(
+        self,
+        chunk: int,
+        spans: tuple[tuple[int, int], ...],
+        pool: list[Frame],
+        frames: list[tuple[Frame, int]],
+        device: torch.device,
+    ) -> Query:
+        always, choices = self.policy.reads(pool, frames[spans[0][0]][0])
+        if not choices:
+            return Query(chunk, spans, always)
+        fixed, choices = (torch.tensor(x, dtype=torch.int64, device=device) for x in (always, choices))
+        return Query(chunk, spans, always, fixed, choices)
+
+    def _text(self, cond: Conditioning) -> Tensor:
+        """Projected texts (B,S,J+1,D), the last one being what a padded place is projected to."""
+        states = cond.text.states * cond.text.mask.unsqueeze(-1)
+        return self.text_proj(F.pad(states, (0, 0, 0, 1)))
+
+    def _committed(
+        self, state: CausalVideoState, frames: list[tuple[Frame, int]], kept: list[KeyValues]
+    ) -> CausalVideoState:
+        """The state with the call's chunks, without what no later chunk reads, older ones at the policy's place."""
+        own = [f for f, _ in frames]
+        blocks = list(state.blocks)
+        for chunk in sorted({f.chunk for f in own}):
+            inside = [i for i, f in enumerate(own) if f.chunk == chunk]
+            a, b = inside[0], inside[-1] + 1
+            layers = tuple(_cut(kv, a, b, state.detach) for kv in kept)
+            blocks.append(ChunkMemory(tuple(own[a:b]), layers))
+        upcoming = own[-1].chunk + 1
+        every = [f for block in blocks for f in block.frames]
+        wanted = {f.position for f, yes in zip(every, self.policy.kept(every, upcoming)) if yes}
+        blocks = [block for block in blocks if any(f.position in wanted for f in block.frames)]
+        if self.policy.place == "pinned" and self.policy.window is not None:
+            blocks = [self._on_host(block, upcoming) for block in blocks]
+        return CausalVideoState(tuple(blocks), state.frames + len(own), upcoming, state.detach)
+
+    def _on_host(self, block: ChunkMemory, upcoming: int) -> ChunkMemory:
+        """A block that has left the window, its keys and values in host memory."""
+        if block.frames[0].chunk >= upcoming - self.policy.window or block.layers[0].k.device.type == "cpu":
+            return block
+        return ChunkMemory(block.frames, tuple(kv.at("cpu") for kv in block.layers))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a new or empty folder; it appears whole or not at all."""
+        weights.save_folder(folder, "CausalVideo", self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        partial: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> CausalVideo:
+        """Load our own export, a diffusers `WanTransformer3DModel` folder or Wan 2.1's original files.
+
+        source: a folder, a .safetensors or .pt file, or a hub id, which needs a revision. partial: load what fits
+        and start the rest anew, instead of refusing. settings: constructor arguments that differ from what the
+        source says, for example window=3, routed=5.
+        ValueError or FileNotFoundError name what is missing, unknown, of another shape, damaged or not finite.
+        """
+        names = causal_video_weights
+        path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
+        config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
+        model = weights.build(cls, {**config, **settings}, meta=not partial)
+        weights.assign(model, tensors, path, partial, dtype)
+        return model
+
+
+def _cut(kv: KeyValues, a: int, b: int, detach: bool) -> KeyValues:
+    """Frames a to b; detached ones are copies, so that dropping other frames of a call frees their memory."""
+    parts = [None if x is None else x[:, a:b] for x in (kv.k, kv.v, kv.mean)]
+    return KeyValues(*(x.detach().clone() if detach and x is not None else x for x in parts))
+
+
+def _patches(x: Tensor) -> Tensor:
+    """(B,C,T,H,W) to (B,T,S,C*2*2): 2x2 patches, channels first."""
+    x = x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))  # B C T h 2 w 2
+    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
+
+
+def _pixels(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B,T,S,2*2*C), channels last (spec 2.2), to (B,C,T,H,W)."""
+    x = x.unflatten(-1, (PATCH, PATCH, -1)).unflatten(2, grid)  # B T h w 2 2 C
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def _runs(frames: list[tuple[Frame, int]]) -> list[tuple[int, int, list[int]]]:
+    """Stretches of frames that show the same shot in every sample."""
+    runs: list[tuple[int, int, list[int]]] = []
+    for i, (frame, _) in enumerate(frames):
+        if runs and runs[-1][2] == list(frame.shot):
+            runs[-1] = (runs[-1][0], i + 1, runs[-1][2])
+        else:
+            runs.append((i, i + 1, list(frame.shot)))
+    return runs

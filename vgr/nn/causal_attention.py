@@ -1,0 +1,194 @@
+"""Attention of the causal video model: chunks of frames over themselves and what a memory policy lets them read.
+
+Tokens are (B,T,S,D), frame-major and row-major inside a frame; heads (B,T,S,N,K). A call may hold every frame twice,
+as clean context and as noisy target (packed teacher forcing, CausalCine spec 3.2): a chunk of either role reads the
+clean frames before it and its own. Or the clean frames of the past come from a memory: both give equal outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgr.nn.memory import KeyValues, MemoryPolicy, route, take
+from vgr.nn.norm import RMSNorm
+from vgr.nn.rope import rope_table, rotate
+from vgr.types import Shard
+
+
+@dataclass(frozen=True)
+class Query:
+    """A chunk of a call: where its frames stand in the call, targets before their context twins, and what it reads.
+
+    always: pool indices of each sample, ascending; fixed (B,n), choices (M,): the same and what routing chooses from,
+    on the device, where there is anything to choose.
+    """
+
+    chunk: int
+    spans: tuple[tuple[int, int], ...]
+    always: list[list[int]]
+    fixed: Tensor | None = None
+    choices: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call holds, known on the host.
+
+    queries: its chunks; own: the stretch of its frames that joins the memory's in the pool of clean frames;
+    table: rotations (T,S,K/2), of the call's frames if the policy `rotates_once`, else of positions 0, 1, ...;
+    choices: what routing chose, (layer, chunk) to pool indices (B,routed). It is filled as layers run, so that later
+    steps of a chunk, its commit, its context twin and a recomputed backward pass read what its first step read.
+    """
+
+    queries: tuple[Query, ...]
+    own: tuple[int, int]
+    table: Tensor
+    choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+# Of one layer and chunk: rotated keys and values (B,n,S,N,K) of what it reads, and which are real (B,n), None if all.
+Gathered = tuple[Tensor, Tensor, Tensor | None]
+
+
+class CausalAttention(nn.Module):
+    """Self-attention over a chunk and its memory; q and k are normalised over all heads together (spec 2.2)."""
+
+    def __init__(self, width: int, heads: int, policy: MemoryPolicy, layer: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.heads, self.policy, self.layer = heads, policy, layer
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        call: Call,
+        past: Sequence[KeyValues] = (),
+        gathered: Gathered | None = None,
+        shard: Shard | None = None,
+    ) -> tuple[Tensor, KeyValues, Gathered]:
+        """x (B,T,S,D) to the same shape; keys and values of the call's clean frames; what its last chunk has read.
+
+        past: this layer's of the memory; gathered: what an earlier call for the same only chunk has read.
+        """
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in self._projected(x))
+        policy, (a, b) = self.policy, call.own
+        k = k.to(v.dtype)
+        mean = k[:, a:b].detach().float().mean(2) if policy.routed else None
+        query_means = [q[:, s:e].detach().mean((1, 2)) for s, e in (c.spans[0] for c in call.queries)]
+        if policy.rotates_once:
+            q, k = self._turn(q, call.table).to(v.dtype), self._turn(k, call.table).to(v.dtype)
+        own = KeyValues(k[:, a:b], v[:, a:b], mean)
+        pool = [*past, own]
+        parts: list[tuple[int, Tensor]] = []
+        for query, query_mean in zip(call.queries, query_means):
+            if gathered is None or len(call.queries) > 1:
+                gathered = self._gather(query, query_mean, pool, call, shard)
+            for start, end in query.spans:
+                part = slice(start, end)
+                parts.append((start, self._attend(q[:, part], k[:, part], v[:, part], gathered, query, call)))
+        out = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])], dim=1)
+        return self.proj(out.flatten(3)), own, gathered
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.q_norm(q), self.k_norm(k), v
+
+    @staticmethod
+    def _turn(x: Tensor, table: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return rotate(x.float(), table)
+
+    def _gather(
+        self, query: Query, query_mean: Tensor, pool: Sequence[KeyValues], call: Call, shard: Shard | None
+    ) -> Gathered:
+        """The memory's part of what a chunk attends to, at the positions it has for this chunk."""
+        index, valid = self._index(query, query_mean, pool, call, shard)
+        device = query_mean.device
+        k, v = (take([getattr(m, name) for m in pool], index, device) for name in ("k", "v"))
+        if not self.policy.rotates_once:
+            k = self._turn(k, call.table[: k.shape[1]]).to(v.dtype)
+        return k, v, valid
+
+    def _index(
+        self, query: Query, query_mean: Tensor, pool: Sequence[KeyValues], call: Call, shard: Shard | None
+    ) -> tuple[list[list[int]] | Tensor, Tensor | None]:
+        """Pool indices of each sample, ascending; where samples read unequally many, which of them are real."""
+        always = query.always
+        if query.choices is not None:
+            layer = self.layer if self.policy.route_layer is None else min(self.layer, self.policy.route_layer)
+            chosen = call.choices.get((layer, query.chunk))
+            if chosen is None:
+                with torch.no_grad(), torch.autocast(query_mean.device.type, enabled=False):
+                    means = torch.cat([m.mean for m in pool], dim=1).index_select(1, query.choices)
+                    chosen = query.choices[route(query_mean, means, self.policy.routed, shard)]
+                call.choices[(layer, query.chunk)] = chosen
+            return torch.cat([query.fixed, chosen], dim=1).sort(dim=1).values, None
+        most = max(map(len, always))
+        if all(len(row) == most for row in always):
+            return always, None
+        valid = torch.tensor([[i < len(row) for i in range(most)] for row in always], device=query_mean.device)
+        return [row + [0] * (most - len(row)) for row in always], valid
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gathered: Gathered, query: Query, call: Call) -> Tensor:
+        """Tokens of one chunk (B,L,S,N,K) over what it has gathered and themselves."""
+        old_k, old_v, valid = gathered
+        frames, cells = q.shape[1:3]
+        if not self.policy.rotates_once:
+            counts = [len(row) for row in query.always] if valid is not None else [old_k.shape[1]]
+            own = torch.stack([call.table[n : n + frames] for n in counts])
+            q, k = self._turn(q, own).to(v.dtype), self._turn(k, own).to(v.dtype)
+        mask = None
+        if valid is not None:
+            seen = torch.cat([valid, valid.new_ones(len(valid), frames)], dim=1)
+            mask = seen.repeat_interleave(cells, dim=1)[:, None, None]
+        if old_k.shape[1]:
+            k, v = torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)
+        q, k, v = (y.flatten(1, 2).transpose(1, 2) for y in (q.to(v.dtype), k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).unflatten(1, (frames, cells))
+
+
+class PaddedCrossAttention(nn.Module):
+    """Text cross-attention of Wan: padded places are zero vectors before the text's projection and are attended.
+
+    The places beyond the given ones are one more token whose logit has log(places) added (spec 2.2): the same sum.
+    """
+
+    def __init__(self, width: int, heads: int, length: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.heads, self.length = heads, length
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.q_norm, self.k_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, runs: Sequence[tuple[int, int, Sequence[int]]]) -> Tensor:
+        """x (B,T,S,D), projected text (B,Shots,J+1,D) whose last token is the pad, to x's shape.
+
+        runs: stretches of frames and, for each sample, the shot whose text they read; a single text serves all.
+        """
+        k, v = self.kv(text).chunk(2, dim=-1)
+        k = self.k_norm(k).to(v.dtype)
+        q = self.q_norm(self.q(x)).to(v.dtype)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        bias = q.new_zeros(1, text.shape[2])
+        pads = self.length - text.shape[2] + 1
+        bias[:, -1] = float("-inf") if pads == 0 else torch.log(torch.tensor(float(pads)))
+        parts, single = [], text.shape[1] == 1
+        for start, end, shots in [(0, x.shape[1], ())] if single else runs:
+            own = (y[:, 0] if single else torch.stack([row[s] for row, s in zip(y, shots)]) for y in (k, v))
+            asked, keys, values = (y.transpose(1, 2) for y in (q[:, start:end].flatten(1, 2), *own))
+            parts.append(F.scaled_dot_product_attention(asked, keys, values, attn_mask=bias))
+        out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+def relative_table(span: int, grid: tuple[int, int], head_dim: int, device: torch.device | str) -> Tensor:
+    """Rotations of positions 0 to span - 1."""
+    return rope_table(torch.arange(span, device=device), *grid, head_dim)

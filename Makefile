@@ -15,8 +15,7 @@ demo: $(VENV)/.ready
 	@echo "report: $(CURDIR)/$(RUN)/bench/smoke/report.html"
 
 # Base, chunk-causal, ODE, self-forcing at tiny size, each from the last one's file; run again it goes on.
-STUDENTS := ode self_forcing
-STAGES := chunk_causal $(STUDENTS)
+STAGES := chunk_causal ode self_forcing
 chain: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
 	$(BIN)/vgr-train experiments=world_model/tiny
@@ -26,7 +25,7 @@ chain: $(VENV)/.ready
 	$(BIN)/vgr-train experiments=world_model/self_forcing size=tiny
 	for run in tiny $(STAGES:%=%_tiny); do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke || exit; done
 	$(BIN)/vgr-bench checkpoint=runs/world_model/chunk_causal_tiny/seed1 protocol=smoke_four_steps
-	$(BIN)/python -m benchmarks.few_steps $(RUN) $(STUDENTS:%=runs/world_model/%_tiny/seed1) --out runs/chain/few_steps.json
+	$(BIN)/python -m benchmarks.few_steps $(RUN) $(STAGES:%=runs/world_model/%_tiny/seed1) --out runs/chain
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,32 +1,43 @@
-"""Does a student land where its teacher does? Distance to the teacher's own long solution, from the same noise.
+"""Does a student reach in its few steps what its teachers do not reach in as many? Paired over held-out clips.
 
-    python -m benchmarks.few_steps runs/world_model/tiny/seed1 runs/world_model/ode_tiny/seed1
+    python -m benchmarks.few_steps runs/world_model/{tiny,chunk_causal_tiny,ode_tiny}/seed1
 
-For every held-out clip the teacher solves its ODE in --steps steps from fixed noise: the target. Each student streams
-chunk by chunk at its own times (a model without any: its grid in as many steps) from the same noise, and the teacher
-walks its grid in as many steps. The mean squared latent distance over generated frames is paired over clips.
-Writes JSON to --out.
+All start from the same noise, first frames, cameras and texts. A run with times of its own is a student and is sampled
+as it is used. The others are teachers, at most one of them bidirectional, the first; they are sampled in as many steps
+in two ways: down their own grid by Euler steps, and the way of the first student (its times, its renewed noise), which
+tells distillation from a lucky sampler. Two measures: mean squared latent distance over generated frames to the first
+run's solution in --steps steps; and Frechet distance of the decoded videos to the true ones of the same clips (features
+clipstats48), with how much nearer to them each student lies than each teacher.
+Writes few_steps.json and the first clips as sheet.png to --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vgr.data.files import atomic, write_json
 from vgr.data.modules import ShardData
+from vgr.data.video import read_video
 from vgr.diffusion.rollout import stream
-from vgr.diffusion.samplers import euler
+from vgr.diffusion.samplers import few_step
 from vgr.diffusion.timesteps import sigma_grid
+from vgr.metrics import features, fvd
+from vgr.metrics.statistics import mean_interval
+from vgr.report import media
+from vgr.report.measure import cell
 from vgr.seeding import normal_like
 from vgr.training import checkpoints
 from vgr.training.conditioning import conditioning
 from vgr.training.rebuild import rebuild
 from vgr.types import VideoBatch
+
+WINDOW, SHOWN = 14, 2  # frames of a window of features: two fill the 28 made at tiny size; clips of the sheet
 
 
 def load(run: Path) -> dict[str, Any]:
@@ -35,56 +46,102 @@ def load(run: Path) -> dict[str, Any]:
     return {**record, **{k: v.eval() for k, v in rebuild(checkpoint).items()}, "config": state["config"]}
 
 
-def condition(run: dict[str, Any], batch: VideoBatch, chunk: int | None) -> Any:
-    return conditioning(run["text"], batch.captions, batch.cameras, batch.shot, run["codec"].stride[0], chunk)
-
-
-def student(run: dict[str, Any], batch: VideoBatch, noise: Tensor, few: int) -> Tensor:
-    cond = condition(run, batch, run["chunk"])
-    own, shift = run["sampling"]["sigmas"], run["sampling"]["shift"]
-    sigmas = torch.tensor(own, dtype=torch.float64) if own else sigma_grid(few, shift)
+def made(run: dict[str, Any], batch: VideoBatch, sigmas: Tensor, renoise: bool) -> Tensor:
+    """Latents down `sigmas` from the clips' noise: chunk by chunk, or all frames at once without chunks."""
+    cond = conditioning(run["text"], batch.captions, batch.cameras, batch.shot, run["codec"].stride[0], run["chunk"])
     first = batch.latents[:, :, :1]
 
-    def start(position: Tensor, _step: int) -> Tensor:
-        return noise[:, :, position]
+    def noise(position: Tensor, step: int) -> Tensor:
+        return normal_like(batch.latents, 0, f"few steps {step}", batch.position)[:, :, position]
 
-    chunks = stream(run["model"], run["model"].new_state(), cond, sigmas, start, first)
+    if run["chunk"] is None:
+        return few_step(run["model"], noise, cond, sigmas, None, first, renoise=renoise)[0]
+    chunks = stream(run["model"], run["model"].new_state(), cond, sigmas, noise, first, renoise=renoise)
     return torch.cat([latents for latents, _ in chunks], dim=2)
+
+
+def ways(runs: dict[str, dict[str, Any]], steps: int) -> dict[str, tuple[dict[str, Any], Tensor, bool]]:
+    """Row -> (run, times, renewed noise); the first is the long solution, keys of students are those of `runs`."""
+    own = {
+        name: (torch.tensor(run["sampling"]["sigmas"], dtype=torch.float64), run["sampling"].get("renoise", False))
+        for name, run in runs.items()
+        if run["sampling"]["sigmas"]
+    }
+    if not own:
+        raise ValueError("none of the runs is a student, with times of its own (sampling.sigmas)")
+    theirs, (first, teacher) = next(iter(own.values())), next(iter(runs.items()))
+    rows = {f"{first}, {steps} steps": (teacher, sigma_grid(steps, teacher["sampling"]["shift"]), False)}
+    for name, run in runs.items():
+        if name in own:
+            rows[name] = (run, *own[name])
+        else:
+            grid = sigma_grid(len(theirs[0]) - 1, run["sampling"]["shift"])
+            rows |= {f"{name}, own grid": (run, grid, False), f"{name}, as a student": (run, *theirs)}
+    return rows
+
+
+def videos(codec: Any, latents: Tensor) -> np.ndarray:
+    """(B,F,H,W,3) uint8."""
+    video = (codec.decode(latents).clamp(-1, 1) + 1) * 127.5
+    return video.round().byte().permute(0, 2, 3, 4, 1).numpy()
+
+
+def described(video: np.ndarray) -> np.ndarray:
+    """Features (windows, D) of a video without its given first frame."""
+    return np.stack([features.clip_features(w) for w in features.windows(video[1:], WINDOW)])
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", type=Path)
-    parser.add_argument("students", type=Path, nargs="+")
-    parser.add_argument("--steps", type=int, default=20, help="of the teacher's long solution")
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--steps", type=int, default=20, help="of the first run's long solution")
+    parser.add_argument("--clips", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("runs/few_steps"))
     args = parser.parse_args()
-    teacher, students = load(args.teacher), {str(path): load(path) for path in args.students}
-    config = teacher["config"]
-    data = ShardData(config["data"]["train"], config["data"]["val"], None, 0, 8, 8, config["data"]["frames"],
-                     val_clips=args.clips)  # fmt: skip
-    shift, few = teacher["sampling"]["shift"], len(next(iter(students.values()))["sampling"]["sigmas"]) - 1
-    distances: dict[str, list[Tensor]] = {"teacher": [], **{name: [] for name in students}}
-    for batch in data.val_batches(8):
-        noise = normal_like(batch.latents, 0, "few steps", batch.position)
-        cond, first = condition(teacher, batch, None), batch.latents[:, :, :1]
-        target = euler(teacher["model"], noise, cond, sigma_grid(args.steps, shift), first)
-        made = {"teacher": euler(teacher["model"], noise, cond, sigma_grid(few, shift), first)}
-        made |= {name: student(run, batch, noise, few) for name, run in students.items()}
-        for name, latents in made.items():
-            distances[name].append((latents - target)[:, :, 1:].square().mean((1, 2, 3, 4)))
-    rows = {name: torch.cat(parts) for name, parts in distances.items()}
-    found: dict[str, Any] = {"steps": args.steps, "few": few, "clips": len(rows["teacher"])}
-    for name, values in rows.items():
-        gap = rows["teacher"] - values
-        half = 1.96 * float(gap.std()) / len(gap) ** 0.5
-        found[name] = {"distance": float(values.mean()), "closer_by": float(gap.mean()), "interval": half}
-        print(f"{name}: {values.mean():.4f}, closer than the teacher at {few} steps by {gap.mean():.4f} +- {half:.4f}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    runs = {str(path): load(path) for path in args.runs}
+    rows = ways(runs, args.steps)
+    long, data = next(iter(rows)), next(iter(runs.values()))["config"]["data"]
+    shards = ShardData(data["train"], data["val"], None, 0, 8, 8, data["frames"], val_clips=args.clips)
+    index = {key: i for i, key in enumerate(shards.val_shards.keys)}
+    distances: dict[str, list[Tensor]] = {name: [] for name in rows}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("truth", *rows)}
+    sheet: list[np.ndarray] = []
+    for batch in shards.val_batches(8):
+        latents = {name: made(way[0], batch, *way[1:]) for name, way in rows.items()}
+        for name, x in latents.items():
+            distances[name].append((x - latents[long])[:, :, 1:].square().mean((1, 2, 3, 4)))
+        shown = {name: videos(rows[long][0]["codec"], x) for name, x in latents.items()}
+        frames = shown[long].shape[1]
+        true = [read_video(shards.val_shards.read_video_bytes(index[key]))[0][:frames] for key in batch.keys]
+        for name, row in {"truth": true, **shown}.items():
+            found[name].extend(described(video) for video in row)
+        sheet = sheet or [
+            row[i] for i in range(SHOWN) for name, row in {"truth": true, **shown}.items() if "as a student" not in name
+        ]
+    write(args.out, distances, found, [name for name in rows if name in runs and runs[name]["sampling"]["sigmas"]])
+    with atomic(args.out / "sheet.png") as file:
+        file.write(media.png(media.sheet(sheet)))
+
+
+def write(
+    out: Path, distances: dict[str, list[Tensor]], found: dict[str, list[np.ndarray]], students: list[str]
+) -> None:
+    """few_steps.json, and the same to read."""
+    table = {name: np.stack(rows) for name, rows in found.items()}
+    flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in table.items()}
+    clip = np.repeat(np.arange(len(table["truth"])), table["truth"].shape[1])
+    rows, gains = {}, []
+    for name, parts in distances.items():
+        frechet = fvd.frechet_interval(flat[name], flat["truth"], clip, clip)
+        rows[name] = {"distance": cell(mean_interval(torch.cat(parts))), "frechet": cell(frechet)}
+        print(f"{name}: distance {torch.cat(parts).mean():.4f}, Frechet distance {frechet.value:.2f}")
+    for student in students:
+        for teacher in (name for name in list(rows)[1:] if name not in students):
+            gain = fvd.frechet_gain(table[student], table[teacher], table["truth"])
+            gains.append({"student": student, "teacher": teacher, **cell(gain)})
+            print(f"{student} nearer than {teacher} by {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})")
+    write_json(out / "few_steps.json", {"rows": rows, "gains": gains})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 
 from vgr.metrics.features import SIZE, clip_features, windows
-from vgr.metrics.fvd import frechet_distance, frechet_interval, moments, null_bias
+from vgr.metrics.fvd import frechet_distance, frechet_gain, frechet_interval, moments, null_bias
 
 
 def golden():
@@ -79,6 +79,32 @@ def test_interval_covers_repeated_draws():
     # the sub-samples also vary the other side, so they may be wider than draws against one fixed set
     assert 0.7 < np.mean(spreads) / np.std(values) < 2.2
     assert np.isnan(frechet_interval(truth[:3], truth, np.arange(3), np.arange(64)).low)
+
+
+def test_paired_gain_is_around_zero_for_equal_sets_and_finds_the_better_one():
+    truth, rng = np.random.default_rng(9).normal(size=(64, 2, 5)), np.random.default_rng(10)
+    near, far = truth + 0.3 * rng.normal(size=truth.shape), truth + 0.5 + 0.3 * rng.normal(size=truth.shape)
+    assert tuple(frechet_gain(near, near, truth)) == (0.0, 0.0, 0.0, 64)
+    better, worse = frechet_gain(near, far, truth), frechet_gain(far, near, truth)
+    assert better.low > 0 and (worse.value, worse.high) == pytest.approx((-better.value, -better.low))
+    assert better.value == frechet_distance(far.reshape(-1, 5), truth.reshape(-1, 5)) - frechet_distance(
+        near.reshape(-1, 5), truth.reshape(-1, 5)
+    )
+    # pairing is worth something: the same sets with the videos of one in another order
+    shuffled = frechet_gain(near, far[rng.permutation(64)], truth)
+    assert shuffled.value == pytest.approx(better.value)
+    with pytest.raises(ValueError, match="three equal"):
+        frechet_gain(near, far[:, :1], truth)
+
+
+def test_paired_gain_of_two_sets_as_good_covers_zero():
+    rng, inside = np.random.default_rng(11), 0
+    for _ in range(40):
+        truth = rng.normal(size=(48, 1, 5))
+        a, b = (truth + 0.5 + 0.7 * rng.normal(size=truth.shape) for _ in "ab")
+        gain = frechet_gain(a, b, truth, draws=40)
+        inside += gain.low <= 0 <= gain.high
+    assert 35 <= inside < 40 or inside == 40
 
 
 def test_refusals():

@@ -121,6 +121,7 @@ def build(
 
     from vgr.nn import lora
     from vgr.seeding import derive_seed
+    from vgr.training.conditioning import cached_text
     from vgr.training.rebuild import refuse_other_codec
 
     codec = instantiate(cfg.codec)
@@ -134,7 +135,7 @@ def build(
     if made_for != asked:
         raise ValueError(f"training.objective.times={asked}, but {cfg.data.train} holds trajectories at {made_for}")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    text = instantiate(cfg.text)
+    text = cached_text(data, cfg.text) or instantiate(cfg.text)
     model = instantiate(cfg.model)
     if initial is not None:
         if "latents" not in cfg.surgery:
@@ -314,7 +315,7 @@ def generator_record(
     return {
         "format": 1,
         **({"lora": {**config["lora"], **base}} if cfg.lora.rank else {}),
-        **{k: {"class": type(m).__name__, "config": m.config} for k, m in parts.items()},
+        **{k: {"class": getattr(m, "stands_for", type(m).__name__), "config": m.config} for k, m in parts.items()},
         "codec_fingerprint": codec.fingerprint,
         "fps": float(batch.fps[0]),
         "intrinsics": batch.cameras.intrinsics[0, 0].tolist(),

@@ -7,7 +7,6 @@ vgr-sample checkpoint=runs/world_model/tiny/seed1 cameras=colmap/sparse/0 scale=
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
@@ -47,6 +46,7 @@ class Generator:
         self.size_hw = tuple(record["size_hw"])
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
+        self.refine: Callable[..., Iterator[Tensor]] | None = None  # latents on their way to the decoder
         # A student's times have its teacher's guidance trained in.
         self.chunk, self.sampling = record.get("chunk"), sampling | ({"guidance": 1.0} if sampling["sigmas"] else {})
         if sampling["method"] not in METHODS:
@@ -145,7 +145,8 @@ class Generator:
             first = None if first_frames is None else self._encode(first_frames)
             denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
             decode = self.codec.stream()
-            for latents in self._denoise(denoiser, cond, seeds, first, progress):
+            denoised = self._denoise(denoiser, cond, seeds, first, progress)
+            for latents in denoised if self.refine is None else self.refine(denoised, captions):
                 denoise += self._clock() - mark
                 if not pieces:
                     pieces.append(self.decoded(decode, latents[:, :, :1]))
@@ -218,6 +219,8 @@ def main() -> None:
 
 def body(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4, side_by_side.mp4, cameras.npz and sample.json."""
+    from vgr.data.video import live_video
+
     if cfg.checkpoint is None:
         raise ValueError("checkpoint is not given: checkpoint=<run folder or one of its checkpoints>")
     given = [way for way in ("path", "actions", "cameras") if cfg[way] is not None]
@@ -226,13 +229,21 @@ def body(cfg: DictConfig) -> None:
         raise ValueError(f"give one of path=<name>, actions=<keys-frames,...> and cameras=<pose file>; got {told}")
     file = None if cfg.cameras is None else read_pose_file(cfg)
     generator = Generator.load(cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance)
+    drop = 0 if cfg.refiner is None else 1  # a refiner leaves the first frame as it was
+    if drop:
+        from vgr.training.refining import Refinement
+
+        streams = generator.sampling["method"] == "stream"
+        generator.refine = Refinement(cfg.refiner, generator.codec, generator.fps, streams, generator.device)
     cameras, shown = read_path(cfg, generator, file)
     first = None if cfg.first_frame is None else read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
     calls = generator.calls(cameras.c2w.shape[1])
-    with command.progress(calls, "denoising") as done, live_video(out / "live.mp4", generator) as add:
+    with command.progress(calls, "denoising") as done, live_video(
+        out / "live.mp4", generator.size_hw, generator.fps
+    ) as add:
         videos, timings = generator(
             first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1), lambda video: add(video[0])
         )
@@ -240,22 +251,10 @@ def body(cfg: DictConfig) -> None:
         "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": str(cfg.actions),
         "cameras": cfg.cameras, "scale": cfg.scale, "intrinsics": str(cfg.intrinsics), "prompt": cfg.prompt,
         "seed": cfg.seed, "fps": generator.fps, "sampling": generator.sampling, "first_frame": cfg.first_frame,
-        "timings": timings,
+        "refiner": cfg.refiner, "timings": timings,
     }  # fmt: skip
-    write_sample(out, videos[0, :shown], cameras.frames(0, shown), generator.fps, settings)
+    write_sample(out, videos[0, drop:shown], cameras.frames(drop, shown), generator.fps, settings)
     print(out / "side_by_side.mp4")
-
-
-@contextlib.contextmanager
-def live_video(path: Path, generator: Generator) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes frames as they are made; the file can be played as it grows, and goes when the whole video is there."""
-    from vgr.data.video import video_stream
-
-    try:
-        with path.open("wb") as out, video_stream(out, generator.size_hw, generator.fps, live=True) as add:
-            yield add
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def read_first_frame(path: Path, size_hw: tuple[int, int]) -> np.ndarray:

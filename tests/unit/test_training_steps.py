@@ -150,7 +150,7 @@ def test_trajectories_are_of_a_clips_first_frames(monkeypatch, tmp_path):
     clips = Clips([clip])
     clips.read = lambda i: clip
     parts = {"model": _model(), "text": ByteTextEncoder(16, 16, 1, 2), "codec": codec}
-    monkeypatch.setattr(teacher_paths, "rebuild", lambda _: parts)
+    monkeypatch.setattr(teacher_paths, "rebuild_teacher", lambda _: parts)
     monkeypatch.setattr(teacher_paths, "Shards", lambda *_: clips)
     monkeypatch.setattr(teacher_paths, "ShardWriter", Writer)
     monkeypatch.setattr(teacher_paths.checkpoints, "resolve", lambda path: path)

@@ -35,6 +35,7 @@ class Generator:
         self.size_hw = tuple(record["size_hw"])
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
+        self.refine: Callable[..., Iterator[Tensor]] | None = None  # latents on their way to the decoder
         # A student's times have its teacher's guidance trained in.
         # Only a model that reads cameras needs to know how many raw frames a latent frame has.
         self.takes_cameras = hasattr(self.model, "raw_frames")
@@ -171,7 +172,8 @@ class Generator:
             first = None if first_frames is None else self._encode(first_frames)
             denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
             decode = self.codec.stream()
-            for latents in self._denoise(denoiser, cond, seeds, first, progress):
+            denoised = self._denoise(denoiser, cond, seeds, first, progress)
+            for latents in denoised if self.refine is None else self.refine(denoised, captions):
                 denoise += self._clock() - mark
                 if not pieces:
                     pieces.append(self.decoded(decode, latents[:, :, :1]))

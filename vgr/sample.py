@@ -33,6 +33,9 @@ def main() -> None:
 
 def body(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4, side_by_side.mp4, cameras.npz and sample.json."""
+    from vgr.data.video import live_video
+    from vgr.generator import Generator
+
     if cfg.checkpoint is None:
         raise ValueError("checkpoint is not given: checkpoint=<run folder or one of its checkpoints>")
     given = [way for way in ("path", "actions", "cameras", "shots") if cfg[way] is not None]
@@ -44,16 +47,22 @@ def body(cfg: DictConfig) -> None:
         story.sample(cfg)
         return
     file = None if cfg.cameras is None else read_pose_file(cfg)
-    from vgr.generator import Generator
-
     generator = Generator.load(cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance)
+    drop = 0 if cfg.refiner is None else 1  # a refiner leaves the first frame as it was
+    if drop:
+        from vgr.training.refining import Refinement
+
+        streams = generator.sampling["method"] == "stream"
+        generator.refine = Refinement(cfg.refiner, generator.codec, generator.fps, streams, generator.device)
     cameras, shown = read_path(cfg, generator, file)
     first = None if cfg.first_frame is None else story.read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
     calls = generator.calls(cameras.c2w.shape[1])
-    with command.progress(calls, "denoising") as done, story.live_video(out / "live.mp4", generator) as add:
+    with command.progress(calls, "denoising") as done, live_video(
+        out / "live.mp4", generator.size_hw, generator.fps
+    ) as add:
         videos, timings = generator(
             first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1), lambda video: add(video[0])
         )
@@ -61,9 +70,9 @@ def body(cfg: DictConfig) -> None:
         "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": str(cfg.actions),
         "cameras": cfg.cameras, "scale": cfg.scale, "intrinsics": str(cfg.intrinsics), "prompt": cfg.prompt,
         "seed": cfg.seed, "fps": generator.fps, "sampling": generator.sampling, "first_frame": cfg.first_frame,
-        "timings": timings,
+        "refiner": cfg.refiner, "timings": timings,
     }  # fmt: skip
-    write_sample(out, videos[0, :shown], cameras.frames(0, shown), generator.fps, settings)
+    write_sample(out, videos[0, drop:shown], cameras.frames(drop, shown), generator.fps, settings)
     print(out / "side_by_side.mp4")
 
 

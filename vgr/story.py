@@ -7,9 +7,8 @@ where the shot before ended.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +68,7 @@ def _shot(path: Path, index: int, row: Any) -> Shot:
 def sample(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4 and sample.json; the video can be watched as it is made."""
     from vgr.data.files import write_json
-    from vgr.data.video import write_video
+    from vgr.data.video import live_video, write_video
     from vgr.generator import Generator
 
     shots, image = read_story(Path(cfg.shots))
@@ -79,7 +78,7 @@ def sample(cfg: DictConfig) -> None:
     check(shots, generator, Path(cfg.shots))
     out = Path(cfg.out or Path("runs/samples") / f"{Path(cfg.shots).stem}_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
-    with live_video(out / "live.mp4", generator) as add:
+    with live_video(out / "live.mp4", generator.size_hw, generator.fps) as add:
         frames, record = direct(generator, shots, cfg.seed, first, add)
     write_video(out / "video.mp4", frames, generator.fps)
     write_json(out / "sample.json", {
@@ -156,18 +155,6 @@ def _camera(generator: Generator, session: Session, shot: Shot, pose: Any) -> Ca
     own = torch.tensor(generator.intrinsics, dtype=torch.float64)
     c2w, k = named_cameras(shot.camera, count + started, generator.fps, intrinsics=own)
     return Cameras((pose @ c2w)[None, started:].float(), k[None, started:].float())
-
-
-@contextlib.contextmanager
-def live_video(path: Path, generator: Generator) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes frames as they are made; the file can be played as it grows, and goes when the whole video is there."""
-    from vgr.data.video import video_stream
-
-    try:
-        with path.open("wb") as out, video_stream(out, generator.size_hw, generator.fps, live=True) as add:
-            yield add
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def read_first_frame(path: Path, size_hw: tuple[int, int]) -> np.ndarray:

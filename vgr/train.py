@@ -121,6 +121,7 @@ def build(
 
     from vgr.nn import lora
     from vgr.seeding import derive_seed
+    from vgr.training.conditioning import cached_text
     from vgr.training.rebuild import refuse_other_codec
 
     codec = instantiate(cfg.codec)
@@ -139,7 +140,7 @@ def build(
             f"{' with the true frames behind' if made_for[1] else ''}"
         )
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    text = instantiate(cfg.text)
+    text = cached_text(data, cfg.text) or instantiate(cfg.text)
     model = instantiate(cfg.model)
     if initial is not None:
         if "latents" not in cfg.surgery:
@@ -335,7 +336,7 @@ def generator_record(
     return {
         "format": 1,
         **({"lora": {**config["lora"], **base}} if cfg.lora.rank else {}),
-        **{k: {"class": type(m).__name__, "config": m.config} for k, m in parts.items()},
+        **{k: {"class": getattr(m, "stands_for", type(m).__name__), "config": m.config} for k, m in parts.items()},
         "codec_fingerprint": codec.fingerprint,
         "fps": float(batch.fps[0]),
         "intrinsics": batch.cameras.intrinsics[0, 0].tolist(),

@@ -83,7 +83,8 @@ def test_run_folder_depends_on_what_changes_results():
     def folder(*overrides, seed=1):
         return command.run_folder("runs", "study/arm", overrides, seed).as_posix()
 
-    plain = folder("experiments=study/arm", "trainer.accelerator=gpu", "+trainer.profiler=simple", "every.log=3", "data.workers=2")
+    other = ("trainer.accelerator=gpu", "+trainer.profiler=simple", "every.log=3", "data.workers=2")
+    plain = folder("experiments=study/arm", *other)
     assert plain == "runs/study/arm/seed1" == folder("logger=wandb", "resume=null", "data.micro_batch=2")
     assert folder("seed=4", seed=4) == "runs/study/arm/seed4"
     assert folder("training.lr=1", "model.width=2") == folder("model.width=2", "training.lr=1")

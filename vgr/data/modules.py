@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -17,6 +18,21 @@ from vgr.types import Cameras, VideoBatch
 
 CACHE_BYTES = 2 << 30  # sets whose latents are smaller than this stay in memory once read
 _log = logging.getLogger(__name__)
+
+
+class EncodedCaption(str):
+    """A caption that brings its frozen text encoder's states (J,D) float16 along, see `vgr-prepare text=...`."""
+
+    states: np.ndarray
+
+
+def _captions(sample: Sample, shots: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    if sample.text is None:
+        return tuple(str(shot["caption"]) for shot in shots)
+    captions = tuple(EncodedCaption(shot["caption"]) for shot in shots)
+    for caption, states in zip(captions, sample.text):
+        caption.states = states
+    return captions
 
 
 def collate(samples: Sequence[Sample], positions: Sequence[int], frames: int | None = None) -> VideoBatch:
@@ -39,7 +55,7 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], frames: int | N
             torch.from_numpy(np.stack([s.intrinsics[:count] for s in samples])).float(),
         ),
         fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
-        captions=tuple(tuple(str(shot["caption"]) for shot in own) for own in shots),
+        captions=tuple(map(_captions, samples, shots)),
         shot=torch.from_numpy(np.stack(shot_BT)).long(),
         keys=tuple(s.key for s in samples),
         position=torch.tensor(list(positions), dtype=torch.int64),

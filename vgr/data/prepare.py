@@ -14,9 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from vgr.data.files import atomic
 from vgr.data.shards import Shards, ShardWriter
 from vgr.data.video import Clip, encode_video
 from vgr.types import Codec
+
+# Captions of a clip's shots to states (S,J,D) float16 and lengths (S,).
+TextArrays = Callable[[tuple[str, ...]], tuple[np.ndarray, np.ndarray]]
 
 
 class Source(Protocol):
@@ -41,13 +45,15 @@ def encode(codec: Codec, frames_FHWC: np.ndarray) -> np.ndarray:
 
 def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, clips: int, seed: int, *,
                   workers: int = 1, keep_video: bool = False, samples_per_shard: int = 64,
+                  text: TextArrays | None = None, text_made_by: dict[str, Any] | None = None,
                   progress: Callable[[int], None] = lambda more: None) -> int:
     """Writes `clips` clips of a split as shards and returns how many were new.
 
     A finished folder of the same settings is left as it is, an unfinished one continued at its first missing
     shard. Validation keeps its videos, since measuring needs true frames. `progress` hears how many clips stood
-    already, then of each new one. Raises ValueError where source and codec do not fit or the folder holds
-    something else, OSError where the disk is full.
+    already, then of each new one. text: a frozen encoder whose states go beside the latents, `text_made_by` its class
+    and configuration; those of the empty caption, for dropout and guidance, stand in one file. Raises ValueError
+    where source and codec do not fit or the folder holds something else, OSError where the disk is full.
     """
     t, h, w = codec.stride
     if (source.frames - 1) % t or source.size_hw[0] % h or source.size_hw[1] % w:
@@ -57,6 +63,8 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
     extra = {"source": type(source).__name__, "split": split, "seed": seed, "frames": source.frames,
              "places": list(source.splits[split]), "video": keep_video,
              "settings": json.loads(json.dumps(vars(source), default=str))}
+    if text is not None:
+        extra["text"] = {**text_made_by, "null": "null.text.npy"}
     if _finished(Path(folder), codec.fingerprint, extra, clips):
         progress(clips)
         return 0
@@ -68,8 +76,13 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
         visits = range(first, -(-clips // source.clips_per_visit))
         visit = partial(_visit, source, codec, seed, split, keep_video)
         items = itertools.chain.from_iterable(_in_order(visit, visits, workers))
+        if text is not None:
+            with atomic(Path(folder) / extra["text"]["null"]) as file:
+                np.save(file, text(("",))[0][0], allow_pickle=False)
         for index, item in enumerate(itertools.islice(items, skip, skip + clips - start), start):
-            writer.add(f"{split}-{index:06d}", **item)
+            shots = item["meta"]["shots"]
+            states = None if text is None else text(tuple(shot["caption"] for shot in shots))
+            writer.add(f"{split}-{index:06d}", **item, text=states)
             progress(1)
     return clips - start
 

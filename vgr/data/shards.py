@@ -1,7 +1,8 @@
 """Shards: WebDataset tar files of encoded clips with a manifest that finds, checks and describes every member.
 
 A sample is <key>.latent.npy (C,T,H,W) float16, <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4), fps),
-<key>.json (shots, source, metric scale, split), and where kept <key>.mp4 and <key>.depth.npz. The manifest is
+<key>.json (shots, source, metric scale, split), and where kept <key>.mp4, <key>.depth.npz and <key>.text.npy (S,J,D)
+float16, a frozen text encoder's states of each shot, whose lengths stand in the json. The manifest is
 written last; a folder without one is unfinished and `ShardWriter` continues it. Pickle is never read.
 """
 
@@ -34,7 +35,10 @@ class DamagedSample(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip: latents (C,T,H,W) float16, c2w (F,4,4) and intrinsics (F,4) float64, frames a second, meta, key."""
+    """One clip: latents (C,T,H,W) float16, c2w (F,4,4) and intrinsics (F,4) float64, frames a second, meta, key.
+
+    text: where kept, states (J,D) float16 of each shot's caption.
+    """
 
     latents: np.ndarray
     c2w: np.ndarray
@@ -42,6 +46,7 @@ class Sample:
     fps: float
     meta: dict[str, Any]
     key: str
+    text: list[np.ndarray] | None = None
 
 
 def latent_shots(starts: Sequence[int], frames: int, stride: int) -> NDArray[np.int64]:
@@ -86,16 +91,22 @@ class ShardWriter:
         return self.folder / f"shard-{len(self.shards):05d}.{ending}"
 
     def add(self, key: str, latents: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, meta: Mapping[str, Any],
-            video: bytes | None = None, depth: np.ndarray | None = None) -> None:
-        """Adds a sample; a full shard goes to disk. latents (C,T,H,W), c2w (F,4,4), depth (F,H,W) metres."""
+            video: bytes | None = None, depth: np.ndarray | None = None,
+            text: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Adds a sample; a full shard goes to disk.
+
+        latents (C,T,H,W), c2w (F,4,4), depth (F,H,W) metres, text: states (S,J,D) and lengths (S,).
+        """
         _check_shapes(self.head, latents.shape, c2w.shape, intrinsics.shape, key)
         cameras = dict(c2w=c2w.astype(np.float64), intrinsics=intrinsics.astype(np.float64))
         members = {
             "latent.npy": _npy(latents.astype(np.float16)),
             "cameras.npz": _npz(**cameras, fps=np.float64(self.head["fps"])),
-            "json": json.dumps(meta, sort_keys=True).encode(),
+            "json": json.dumps(meta if text is None else {**meta, "text_lengths": text[1].tolist()},
+                               sort_keys=True).encode(),
             "mp4": video,
             "depth.npz": None if depth is None else _npz(depth=depth.astype(np.float16)),
+            "text.npy": None if text is None else _npy(text[0].astype(np.float16)),
         }
         self._pending.append((key, {suffix: data for suffix, data in members.items() if data is not None}))
         if len(self._pending) == self.samples_per_shard:
@@ -177,8 +188,13 @@ class Shards:
         return len(self._samples)
 
     def latent_bytes(self) -> int:
-        """Size of all latents on disk, to decide whether they fit into memory."""
-        return sum(members["latent.npy"][1] for _, _, members in self._samples)
+        """Size of all latents and text states on disk, to decide whether they fit into memory."""
+        kept = ("latent.npy", "text.npy")
+        return sum(members[name][1] for _, _, members in self._samples for name in kept if name in members)
+
+    def null_text(self) -> np.ndarray:
+        """States (J,D) of the empty caption, where the manifest names a file of them."""
+        return _read_npy((self.folder / Path(self.manifest["extra"]["text"]["null"]).name).read_bytes())
 
     def _member(self, index: int, suffix: str) -> bytes:
         file, key, members = self._samples[index]
@@ -192,13 +208,19 @@ class Shards:
 
     def read(self, index: int) -> Sample:
         """One sample. Raises DamagedSample (a ValueError) naming the file and member."""
-        file, key, _ = self._samples[index]
+        file, key, members = self._samples[index]
         try:
             latents = _read_npy(self._member(index, "latent.npy"))
             cameras = _read_npz(self._member(index, "cameras.npz"))
             meta = json.loads(self._member(index, "json"))
             _check_shapes(self.manifest, latents.shape, cameras["c2w"].shape, cameras["intrinsics"].shape, key)
-            return Sample(latents, cameras["c2w"], cameras["intrinsics"], float(cameras["fps"]), meta, key)
+            text = None
+            if "text.npy" in members:
+                states, lengths = _read_npy(self._member(index, "text.npy")), meta["text_lengths"]
+                if len(states) != len(meta["shots"]) or len(lengths) != len(states) or max(lengths) > states.shape[1]:
+                    raise ValueError(f"text states {states.shape} do not fit {len(meta['shots'])} shots of {lengths}")
+                text = [x[:n] for x, n in zip(states, lengths)]
+            return Sample(latents, cameras["c2w"], cameras["intrinsics"], float(cameras["fps"]), meta, key, text)
         except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             if isinstance(error, DamagedSample):
                 raise

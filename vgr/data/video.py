@@ -148,3 +148,13 @@ def read_image(path: str | Path, size_hw: tuple[int, int]) -> np.ndarray:
     image = image[top : top + cut_h, left : left + cut_w]
     how = cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC
     return np.ascontiguousarray(cv2.resize(image, size_hw[::-1], interpolation=how)[..., ::-1])
+
+
+@contextlib.contextmanager
+def live_video(path: Path, size_hw: tuple[int, int], fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Takes frames as they are made; the file can be played as it grows, and goes when the whole video is there."""
+    try:
+        with path.open("wb") as out, video_stream(out, size_hw, fps, live=True) as add:
+            yield add
+    finally:
+        path.unlink(missing_ok=True)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vgr.data.modules import EncodedCaption, ShardData
 from vgr.geometry.cameras import group_by_latent
+from vgr.models.gemma import from_arrays
 from vgr.seeding import torch_generator
-from vgr.types import Cameras, Conditioning, Layout, TextEncoder, VideoBatch
+from vgr.types import Cameras, Conditioning, Layout, TextEncoder, TextStates, VideoBatch
 
 Captions = tuple[tuple[str, ...], ...]
 
@@ -36,3 +41,47 @@ def dropped(batch: VideoBatch, seed: int, text_dropout: float, camera_dropout: f
         if no_camera < camera_dropout:
             c2w[b] = c2w[b, :1]
     return tuple(captions), Cameras(c2w, batch.cameras.intrinsics)
+
+
+class CachedText(nn.Module):
+    """Stands for a frozen text encoder, called `stands_for`, where captions bring its states along and it need not run.
+
+    null: states (J,D) of the empty caption. ValueError for a caption without states.
+    """
+
+    def __init__(self, stands_for: str, config: dict[str, Any], null: np.ndarray) -> None:
+        super().__init__()
+        self.stands_for, self.config, self.width = stands_for, config, null.shape[1]
+        self.register_buffer("null", torch.from_numpy(null), persistent=False)
+
+    def forward(self, captions: Captions) -> TextStates:
+        null = self.null.half().cpu().numpy()
+        arrays = []
+        for row in captions:
+            rows = [self._states(caption) if caption else null for caption in row]
+            lengths = np.array([len(x) for x in rows])
+            arrays.append((np.stack([np.pad(x, ((0, lengths.max() - len(x)), (0, 0))) for x in rows]), lengths))
+        states = from_arrays(arrays)
+        return TextStates(states.states.to(self.null.device), states.mask.to(self.null.device))
+
+    def _states(self, caption: str) -> np.ndarray:
+        if not isinstance(caption, EncodedCaption):
+            raise ValueError(
+                f"the shards hold {self.stands_for}'s states of their own captions only, and not of {caption!r}; take "
+                "shards prepared without text="
+            )
+        return caption.states
+
+
+def cached_text(data: ShardData, settings: Mapping[str, Any]) -> CachedText | None:
+    """The encoder that `settings` (cfg.text) names, if both splits hold its states. ValueError for other settings."""
+    kept = [shards.manifest["extra"].get("text") for shards in (data.train_shards, data.val_shards)]
+    name = settings["_target_"].rsplit(".", 1)[-1]
+    if any(x is None or x["class"] != name for x in kept):
+        return None
+    for made, shards in zip(kept, (data.train_shards, data.val_shards)):
+        differ = [k for k, v in made["config"].items() if k in settings and settings[k] != v]
+        if differ:
+            told = ", ".join(f"text.{k}={settings[k]} (they: {made['config'][k]})" for k in differ)
+            raise ValueError(f"{shards.folder} holds text states of another {name}, {told}; set it so, or prepare anew")
+    return CachedText(name, kept[0]["config"], data.train_shards.null_text())

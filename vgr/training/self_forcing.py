@@ -261,12 +261,10 @@ class SelfForcing(pl.LightningModule):
                 f"{self.global_batch} must be data.micro_batch x devices, {len(batch.keys) * self.trainer.world_size}"
             )
         segments = self.segments(batch)
-        try:
+        with contextlib.suppress(StopIteration):
             segment = next(segments)
             while True:
                 segment = segments.send(self._take(segment, parts))
-        except StopIteration:
-            pass
         if self._micro_batches == 0:
             self.samples_seen += self.global_batch
 

@@ -39,7 +39,7 @@ def body(cfg: DictConfig) -> None:
         raise ValueError("give either checkpoint=<run folder> or videos=<folder of mp4>, and not both")
     generator, run_dir, videos = None, None, None
     if cfg.checkpoint is not None:
-        from vgr.sample import Generator
+        from vgr.generator import Generator
 
         given = {k: v for k, v in protocol["sampling"].items() if v is not None}
         generator = Generator.load(cfg.checkpoint, device=cfg.device, **given)
@@ -95,7 +95,7 @@ def bench(
 ) -> Path:
     """Make what is missing, measure all rows, write results; returns the page's path.
 
-    generator: a callable as vgr.sample.Generator, with its attributes; or videos: a set. shards: the
+    generator: a callable as vgr.generator.Generator, with its attributes; or videos: a set. shards: the
     validation clips, matched by key (needed with a generator). Raises ValueError on input that does not fit
     together.
     """

@@ -1,218 +1,29 @@
-"""vgr-sample: one video along a camera path, from a first frame and a prompt.
+"""vgr-sample: one video along a camera path, from a first frame and a prompt, or a story of shots.
 
 vgr-sample checkpoint=runs/world_model/tiny/seed1 path=orbit seconds=8 first_frame=img.png prompt="a dim room"
 vgr-sample checkpoint=runs/world_model/tiny/seed1 actions=[w-30,l-20]
 vgr-sample checkpoint=runs/world_model/tiny/seed1 cameras=colmap/sparse/0 scale=0.5 first_frame=img.png
+vgr-sample checkpoint=runs/causal_video/multi_shot_tiny/seed1 shots=story.yaml
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vgr import command
+from vgr import command, story
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
+    from vgr.generator import Generator
     from vgr.geometry.formats import CameraFile
-    from vgr.types import Cameras, Conditioning, Denoiser
-
-
-METHODS = ("joint", "chunk_flow", "stream")
-
-
-class Generator:
-    """Model, text encoder and codec of a checkpoint, as one callable from first frame and cameras to video.
-
-    name, weights_hash, fps, stride, max_frames, size_hw, codec, sampling and data_info (shard folders the model
-    was trained with) say what it is. `load` makes it; nothing a file says is ever imported or executed.
-    """
-
-    def __init__(
-        self, parts: dict[str, Any], record: dict[str, Any], name: str, weights_hash: str, data_info: dict[str, Any],
-        sampling: dict[str, Any], device: str,
-    ) -> None:  # fmt: skip
-        self.model, self.text, self.codec = (parts[k].to(device).eval() for k in ("model", "text", "codec"))
-        self.name, self.weights_hash, self.data_info, self.device = name, weights_hash, data_info, device
-        self.fps, self.max_frames = float(record["fps"]), int(record["max_frames"])
-        self.size_hw = tuple(record["size_hw"])
-        self.intrinsics = record["intrinsics"]
-        self.stride = self.codec.stride[0]
-        # A student's times have its teacher's guidance trained in.
-        self.chunk, self.sampling = record.get("chunk"), sampling | ({"guidance": 1.0} if sampling["sigmas"] else {})
-        if sampling["method"] not in METHODS:
-            raise ValueError(f"sampling.method={sampling['method']}: choose from {', '.join(METHODS)}")
-        if self.chunk is None and sampling["method"] != "joint":
-            raise ValueError(
-                f"sampling.method={sampling['method']} needs a chunk-causal model; {name} is bidirectional: use joint"
-            )
-
-    @classmethod
-    def load(
-        cls, checkpoint: str | Path, device: str = "auto", steps: int | None = None, shift: float | None = None,
-        guidance: float | None = None,
-    ) -> Generator:  # fmt: skip
-        """From a run folder or one of its checkpoints, averaged weights; None keeps the checkpoint's own sampling.
-
-        FileNotFoundError or ValueError name what is missing, damaged or does not fit.
-        """
-        import torch
-
-        from vgr.training import checkpoints
-        from vgr.training.rebuild import rebuild
-
-        folder = checkpoints.resolve(Path(checkpoint))
-        record = checkpoints.read_generator(folder)
-        given = {"steps": steps, "shift": shift, "guidance": guidance}
-        if steps is not None or shift is not None:
-            given["sigmas"] = []  # a student's own times give way
-        sampling = {**record["sampling"], **{k: v for k, v in given.items() if v is not None}}
-        if sampling["sigmas"] and guidance not in (None, 1.0):
-            raise ValueError(
-                f"guidance={guidance}: {checkpoint} is a few-step student with its teacher's guidance trained in; "
-                "leave guidance out, or give steps= too, to sample it as an ordinary model"
-            )
-        parts, digest = rebuild(folder), checkpoints.weights_hash(folder, "ema")
-        data = checkpoints.read_state(folder)["config"]["data"]
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "/".join(p for p in folder.parts[-4:] if p != "checkpoints")
-        data_info = {k: data[k] for k in ("train", "val") if k in data}
-        return cls(parts, record, name, digest, data_info, sampling, device)
-
-    def frames(self, seconds: float) -> int:
-        """Raw frames covering `seconds`, of a length the codec takes; ValueError beyond the model's length."""
-        wanted = max(1, round(seconds * self.fps))
-        frames = 1 + -(-wanted // self.stride) * self.stride
-        if frames > self.max_frames or seconds <= 0:
-            longest = (self.max_frames - 1) / self.fps
-            raise ValueError(
-                f"seconds={seconds:g} is beyond this model: it makes up to {self.max_frames} frames at "
-                f"{self.fps:.2f} a second; use 0 < seconds <= {int(longest * 100) / 100:g}"
-            )
-        return frames
-
-    def calls(self, frames: int) -> int:
-        """How often `progress` is called for a video of `frames` raw frames: once a step, or once a chunk."""
-        from vgr.diffusion.samplers import chunk_bounds
-        from vgr.types import Layout
-
-        latents, steps = self.codec.latent_frames(frames), len(self.sampling["sigmas"] or ()) - 1
-        steps = self.sampling["steps"] if steps < 0 else steps
-        chunks = len(chunk_bounds(Layout.chunked(1, latents, self.chunk or latents)))
-        return {"joint": steps, "chunk_flow": int((chunks - 1) * steps / chunks) + steps, "stream": chunks}[
-            self.sampling["method"]
-        ]
-
-    def __call__(
-        self,
-        first_frames: np.ndarray | None,
-        cameras: Cameras,
-        captions: tuple[tuple[str, ...], ...],
-        seeds: list[int],
-        progress: Callable[[int], None] | None = None,
-        watch: Callable[[np.ndarray], None] | None = None,
-        shot: Tensor | None = None,
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """First frames (B,H,W,3) uint8 (None: the model imagines them) to videos (B,F,H,W,3) uint8 and seconds spent.
-
-        cameras: F raw frames, F at most max_frames. seeds: one a video; its noise depends on nothing else. watch:
-        hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams. shot (B,T): which
-        caption each latent frame follows; None: the first.
-        """
-        import torch
-
-        from vgr.diffusion import guidance
-        from vgr.training.conditioning import conditioning
-
-        if cameras.c2w.shape[1] > self.max_frames:
-            raise ValueError(f"{cameras.c2w.shape[1]} frames asked; this model makes up to {self.max_frames}")
-        start = mark = self._clock()
-        batch, frames = cameras.c2w.shape[:2]
-        if shot is None:
-            shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64)
-        pieces: list[np.ndarray] = []
-        first_at, denoise, told = start, 0.0, 0
-        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            cond = conditioning(self.text, captions, cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
-            null = self.text(tuple(("",) * len(row) for row in captions))
-            first = None if first_frames is None else self._encode(first_frames)
-            denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
-            decode = self.codec.stream()
-            for latents in self._denoise(denoiser, cond, seeds, first, progress):
-                denoise += self._clock() - mark
-                if not pieces:
-                    pieces.append(self.decoded(decode, latents[:, :, :1]))
-                    latents, first_at = latents[:, :, 1:], self._clock()
-                if latents.shape[2]:
-                    pieces.append(self.decoded(decode, latents))
-                for piece in pieces[told:] if watch is not None else ():
-                    watch(piece)
-                told, mark = len(pieces), self._clock()
-        total = mark - start
-        timings = {
-            "first_frame_s": first_at - start, "total_s": total, "denoise_s": denoise, "decode_s": total - denoise,
-            "frames": frames,
-        }  # fmt: skip
-        return np.concatenate(pieces, axis=1), timings
-
-    def _denoise(
-        self, denoiser: Denoiser, cond: Conditioning, seeds: list[int], first: Tensor | None,
-        progress: Callable[[int], None] | None,
-    ) -> Iterator[Tensor]:  # fmt: skip
-        """Latents by the checkpoint's method, at once or chunk by chunk; `progress` hears of each step or chunk."""
-        import torch
-
-        from vgr.diffusion import rollout, samplers, timesteps
-        from vgr.seeding import torch_generator
-
-        height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
-        own, steps, shift = (self.sampling[k] for k in ("sigmas", "steps", "shift"))
-        sigmas = torch.tensor(own, dtype=torch.float64) if own else timesteps.sigma_grid(steps, shift)
-        if self.sampling["method"] == "stream":
-            noise = samplers.frame_noise(seeds, (self.codec.channels, height, width), self.device)
-            renoise = self.sampling.get("renoise", False)
-            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first, renoise=renoise)
-            for i, (latents, _) in enumerate(chunks):
-                if progress is not None:
-                    progress(i)
-                yield latents
-            return
-        shape = (self.codec.channels, len(cond.layout.position), height, width)
-        noise = torch.stack([torch.randn(shape, generator=torch_generator(s, "noise")) for s in seeds])
-        solve = samplers.euler if self.sampling["method"] == "joint" else samplers.chunk_flow_euler
-        yield solve(denoiser, noise.to(self.device), cond, sigmas, first, progress)
-
-    def _encode(self, images: np.ndarray) -> Tensor:
-        import torch
-
-        video = torch.from_numpy(images).permute(0, 3, 1, 2).unsqueeze(2).to(self.device)
-        with torch.autocast(self.device, enabled=False):  # the latents of training are fp32
-            return self.codec.encode(video.float() / 127.5 - 1.0)
-
-    def decoded(self, decode: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarray:
-        """Latents (B,C,T,H,W) as videos (B,F,H,W,3) uint8; the codec works outside autocast, as in preparing data."""
-        import torch
-
-        with torch.autocast(self.device, enabled=False):
-            video = (decode(latents).clamp(-1, 1) + 1) * 127.5
-        return video.round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-
-    def _clock(self) -> float:
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    from vgr.types import Cameras
 
 
 def main() -> None:
@@ -224,19 +35,25 @@ def body(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4, side_by_side.mp4, cameras.npz and sample.json."""
     if cfg.checkpoint is None:
         raise ValueError("checkpoint is not given: checkpoint=<run folder or one of its checkpoints>")
-    given = [way for way in ("path", "actions", "cameras") if cfg[way] is not None]
+    given = [way for way in ("path", "actions", "cameras", "shots") if cfg[way] is not None]
     if len(given) != 1:
         told = " and ".join(given) or "none"
-        raise ValueError(f"give one of path=<name>, actions=<keys-frames,...> and cameras=<pose file>; got {told}")
+        ways = "path=<name>, actions=<keys-frames,...>, cameras=<pose file> and shots=<story.yaml>"
+        raise ValueError(f"give one of {ways}; got {told}")
+    if cfg.shots is not None:
+        story.sample(cfg)
+        return
     file = None if cfg.cameras is None else read_pose_file(cfg)
+    from vgr.generator import Generator
+
     generator = Generator.load(cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance)
     cameras, shown = read_path(cfg, generator, file)
-    first = None if cfg.first_frame is None else read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
+    first = None if cfg.first_frame is None else story.read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
     calls = generator.calls(cameras.c2w.shape[1])
-    with command.progress(calls, "denoising") as done, live_video(out / "live.mp4", generator) as add:
+    with command.progress(calls, "denoising") as done, story.live_video(out / "live.mp4", generator) as add:
         videos, timings = generator(
             first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1), lambda video: add(video[0])
         )
@@ -248,32 +65,6 @@ def body(cfg: DictConfig) -> None:
     }  # fmt: skip
     write_sample(out, videos[0, :shown], cameras.frames(0, shown), generator.fps, settings)
     print(out / "side_by_side.mp4")
-
-
-@contextlib.contextmanager
-def live_video(path: Path, generator: Generator) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes frames as they are made; the file can be played as it grows, and goes when the whole video is there."""
-    from vgr.data.video import video_stream
-
-    try:
-        with path.open("wb") as out, video_stream(out, generator.size_hw, generator.fps, live=True) as add:
-            yield add
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def read_first_frame(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
-    """An image, or the first frame of an mp4 of the model's size, as (H,W,3) uint8. Raises ValueError or OSError."""
-    from vgr.data.video import iter_video, read_image
-
-    if path.suffix != ".mp4":
-        return read_image(path, size_hw)
-    frame = next((frame for frame, _ in iter_video(path)), None)
-    if frame is None:
-        raise ValueError(f"first_frame={path} holds no frame; give an image or a whole mp4")
-    if frame.shape[:2] != size_hw:
-        raise ValueError(f"first_frame={path} is {frame.shape[1]}x{frame.shape[0]}; the model makes {size_hw[::-1]}")
-    return frame
 
 
 def read_path(cfg: DictConfig, generator: Generator, file: CameraFile | None = None) -> tuple[Cameras, int]:

@@ -353,7 +353,7 @@ def sample_writer(
     import numpy as np
 
     from vgr.data.video import write_video
-    from vgr.sample import Generator
+    from vgr.generator import Generator
     from vgr.types import Cameras
 
     cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])

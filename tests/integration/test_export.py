@@ -18,8 +18,8 @@ from small_training import make_project, train  # noqa: E402
 from test_original_weights import random_release  # noqa: E402
 
 from vgr import export
+from vgr.generator import Generator
 from vgr.models.world_model import WorldModel
-from vgr.sample import Generator
 from vgr.training import checkpoints
 
 RUN = "runs/mini/seed1"

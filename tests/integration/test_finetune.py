@@ -17,9 +17,9 @@ from test_export import run as export  # noqa: E402
 from test_gemma import folder as gemma  # noqa: E402, F401
 from test_world_model import _inputs  # noqa: E402
 
+from vgr.generator import Generator
 from vgr.models.world_model import WorldModel
 from vgr.nn import lora
-from vgr.sample import Generator
 from vgr.training import checkpoints
 from vgr.training.rebuild import read, rebuild
 

@@ -20,9 +20,9 @@ from small_training import make_project, train  # noqa: E402
 
 from vgr import sample
 from vgr.data.video import read_video
+from vgr.generator import Generator
 from vgr.geometry.formats import write_cameras
 from vgr.geometry.trajectories import from_actions
-from vgr.sample import Generator
 from vgr.types import Cameras
 
 RUN = "runs/mini/seed1"
@@ -170,7 +170,7 @@ def test_the_given_first_frame_is_kept(project):
         (("path=orbitt", "seconds=1"), "orbit"),
         (("path=orbit", "actions=[w-4]"), "got path and actions"),
         (("cameras=whole.npz", "actions=[w-4]"), "got actions and cameras"),
-        ((), "cameras=<pose file>; got none"),
+        ((), "cameras=<pose file> and shots=<story.yaml>; got none"),
         (("cameras=none.npz",), "none.npz"),
         (("cameras=words.png",), "kitti, tum"),
         (("cameras=sheared.npz",), "cameras=sheared.npz: camera frame 4: the 3x3 part is no rotation"),

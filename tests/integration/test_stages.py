@@ -101,7 +101,7 @@ def test_a_stage_resumes_to_the_same_weights(chain, stage):
 def test_each_stage_samples_by_its_own_method(chain, stage):
     import torch
 
-    from vgr.sample import Generator
+    from vgr.generator import Generator
     from vgr.types import Cameras
 
     folder, _ = chain
@@ -117,7 +117,7 @@ def test_each_stage_samples_by_its_own_method(chain, stage):
 
 
 def test_guidance_of_a_student_is_refused_unless_it_samples_as_a_teacher(chain):
-    from vgr.sample import Generator
+    from vgr.generator import Generator
 
     student = chain[0] / "runs/forcing/seed1"
     with pytest.raises(ValueError, match="guidance=3.0: .* is a few-step student"):

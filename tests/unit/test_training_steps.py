@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from vgr.data.shards import Sample
+from vgr.generator import Generator
 from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
-from vgr.sample import Generator
 from vgr.train import sample_writer
 from vgr.training import teacher_paths
 from vgr.training.callbacks import BetweenSteps

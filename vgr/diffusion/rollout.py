@@ -153,6 +153,11 @@ class Session:
         self._latents = self._shot = 0
         self._queue: deque[Conditioning] = deque()
 
+    @property
+    def started(self) -> bool:
+        """Whether anything has been appended: from then on pieces have no first image of their own."""
+        return self._latents > 0
+
     def frames_in(self, seconds: float) -> int:
         """Raw frames that `append(..., seconds)` would add: whole chunks, and the first image once.
 

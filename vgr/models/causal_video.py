@@ -21,6 +21,7 @@ from vgr.nn.causal_attention import Call, CausalAttention, Gathered, PaddedCross
 from vgr.nn.embed import sinusoid
 from vgr.nn.memory import Frame, KeyValues, MemoryPolicy
 from vgr.nn.norm import modulated_norm
+from vgr.nn.precision import Linear32, in_own_precision
 from vgr.nn.rope import rope_table
 from vgr.types import Conditioning, Layout, Shard
 
@@ -123,8 +124,8 @@ class CausalVideo(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = nn.Linear(in_channels * PATCH**2, width)
         self.text_proj = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
-        self.time_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.time_proj = nn.Linear(width, 6 * width)
+        self.time_embed = nn.Sequential(Linear32(256, width), nn.SiLU(), Linear32(width, width))
+        self.time_proj = Linear32(width, 6 * width)
         attentions = (CausalAttention(width, heads, self.policy, layer) for layer in range(layers))
         self.blocks = nn.ModuleList(Block(width, heads, ffn_width, text_length, a) for a in attentions)
         self.final_table = nn.Parameter(torch.randn(2, width) / width**0.5)
@@ -146,6 +147,7 @@ class CausalVideo(nn.Module):
         """The state before a video's first chunk; with detach=False gradients flow through what commits store."""
         return CausalVideoState((), 0, 0, detach)
 
+    @in_own_precision
     def forward(
         self,
         x: Tensor,
@@ -164,9 +166,8 @@ class CausalVideo(nn.Module):
         frames = self._check(x, t, cond, state, commit)
         call = self._call(frames, cond.layout, grid, state, x.device)
         tokens = self.patch_embed(_patches(x.float())).float()
-        with torch.autocast(x.device.type, enabled=False):
-            t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
-            modulation = self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
+        t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
+        modulation = self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
         runs = _runs(frames)
         args = (modulation, self._text(cond), runs, call)
         reuse = state is not None and state.gathered is not None and (commit or not self._rechoose)

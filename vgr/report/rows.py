@@ -82,7 +82,7 @@ def make_rows(
 ) -> dict[str, VideoSet]:
     """Codec, model and swapped rows, made where missing; speed is measured once, with the model's row.
 
-    generator: see vgr.sample.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
+    generator: see vgr.generator.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
     of the model; its swapped camera is that of the clip half the list further.
     """
     import torch

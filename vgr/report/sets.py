@@ -26,7 +26,7 @@ CRF = 14  # of the videos we write; stated in set.json
 
 
 class Clip(NamedTuple):
-    """What one video is asked for: name, commanded cameras c2w (F,4,4), intrinsics (F,4), each shot's text and start."""
+    """What is asked for: name, commanded cameras c2w (F,4,4), intrinsics (F,4), text and first frame of each shot."""
 
     key: str
     c2w: NDArray[np.float64]

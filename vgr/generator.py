@@ -1,0 +1,237 @@
+"""A checkpoint's model, text encoder and codec, as one callable from first frame, cameras and captions to video."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vgr.diffusion.rollout import Session
+    from vgr.types import Cameras, Conditioning, Denoiser
+
+METHODS = ("joint", "chunk_flow", "stream")
+
+
+class Generator:
+    """Model, text encoder and codec of a checkpoint, as one callable from first frame and cameras to video.
+
+    name, weights_hash, fps, stride, max_frames, size_hw, codec, sampling and data_info (shard folders the model
+    was trained with) say what it is. `load` makes it; nothing a file says is ever imported or executed.
+    """
+
+    def __init__(
+        self, parts: dict[str, Any], record: dict[str, Any], name: str, weights_hash: str, data_info: dict[str, Any],
+        sampling: dict[str, Any], device: str,
+    ) -> None:  # fmt: skip
+        self.model, self.text, self.codec = (parts[k].to(device).eval() for k in ("model", "text", "codec"))
+        self.name, self.weights_hash, self.data_info, self.device = name, weights_hash, data_info, device
+        self.fps, self.max_frames = float(record["fps"]), int(record["max_frames"])
+        self.size_hw = tuple(record["size_hw"])
+        self.intrinsics = record["intrinsics"]
+        self.stride = self.codec.stride[0]
+        # A student's times have its teacher's guidance trained in.
+        # Only a model that reads cameras needs to know how many raw frames a latent frame has.
+        self.takes_cameras = hasattr(self.model, "raw_frames")
+        self.chunk, self.sampling = record.get("chunk"), sampling | ({"guidance": 1.0} if sampling["sigmas"] else {})
+        if sampling["method"] not in METHODS:
+            raise ValueError(f"sampling.method={sampling['method']}: choose from {', '.join(METHODS)}")
+        if self.chunk is None and sampling["method"] != "joint":
+            raise ValueError(
+                f"sampling.method={sampling['method']} needs a chunk-causal model; {name} is bidirectional: use joint"
+            )
+
+    @classmethod
+    def load(
+        cls, checkpoint: str | Path, device: str = "auto", steps: int | None = None, shift: float | None = None,
+        guidance: float | None = None,
+    ) -> Generator:  # fmt: skip
+        """From a run folder or one of its checkpoints, averaged weights; None keeps the checkpoint's own sampling.
+
+        FileNotFoundError or ValueError name what is missing, damaged or does not fit.
+        """
+        import torch
+
+        from vgr.training import checkpoints
+        from vgr.training.rebuild import rebuild
+
+        folder = checkpoints.resolve(Path(checkpoint))
+        record = checkpoints.read_generator(folder)
+        given = {"steps": steps, "shift": shift, "guidance": guidance}
+        if steps is not None or shift is not None:
+            given["sigmas"] = []  # a student's own times give way
+        sampling = {**record["sampling"], **{k: v for k, v in given.items() if v is not None}}
+        if sampling["sigmas"] and guidance not in (None, 1.0):
+            raise ValueError(
+                f"guidance={guidance}: {checkpoint} is a few-step student with its teacher's guidance trained in; "
+                "leave guidance out, or give steps= too, to sample it as an ordinary model"
+            )
+        parts, digest = rebuild(folder), checkpoints.weights_hash(folder, "ema")
+        data = checkpoints.read_state(folder)["config"]["data"]
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "/".join(p for p in folder.parts[-4:] if p != "checkpoints")
+        data_info = {k: data[k] for k in ("train", "val") if k in data}
+        return cls(parts, record, name, digest, data_info, sampling, device)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The times of sampling, falling from 1 to 0: a student's own, or a grid of `steps` at `shift`."""
+        import torch
+
+        from vgr.diffusion.timesteps import sigma_grid
+
+        own, steps, shift = (self.sampling[k] for k in ("sigmas", "steps", "shift"))
+        return torch.tensor(own, dtype=torch.float64) if own else sigma_grid(steps, shift)
+
+    def session(self, seed: int, first_frame: np.ndarray | None = None) -> Session:
+        """A video to be directed shot by shot; first_frame (H,W,3) uint8. ValueError for a model that cannot stream."""
+        import torch
+
+        from vgr.diffusion.guidance import guided
+        from vgr.diffusion.rollout import Session
+        from vgr.geometry.cameras import group_by_latent
+
+        if self.sampling["method"] != "stream":
+            raise ValueError(
+                f"{self.name} samples by method {self.sampling['method']}; shots are made by a model that streams: "
+                "train one with sampling.method=stream"
+            )
+        with torch.no_grad():
+            denoiser = guided(self.model, self.sampling["guidance"], self.text((("",),)))
+        return Session(
+            denoiser, self.codec, self.text, sigmas=self.sigmas, chunk=self.chunk, fps=self.fps, size_hw=self.size_hw,
+            seed=seed, first_frame=None if first_frame is None else torch.from_numpy(first_frame),
+            group_cameras=group_by_latent if self.takes_cameras else None, device=self.device,
+            cut_prefix=self.sampling.get("cut_prefix"), renoise=self.sampling.get("renoise", False),
+        )  # fmt: skip
+
+    def frames(self, seconds: float) -> int:
+        """Raw frames covering `seconds`, of a length the codec takes; ValueError beyond the model's length."""
+        wanted = max(1, round(seconds * self.fps))
+        frames = 1 + -(-wanted // self.stride) * self.stride
+        if frames > self.max_frames or seconds <= 0:
+            longest = (self.max_frames - 1) / self.fps
+            raise ValueError(
+                f"seconds={seconds:g} is beyond this model: it makes up to {self.max_frames} frames at "
+                f"{self.fps:.2f} a second; use 0 < seconds <= {int(longest * 100) / 100:g}"
+            )
+        return frames
+
+    def calls(self, frames: int) -> int:
+        """How often `progress` is called for a video of `frames` raw frames: once a step, or once a chunk."""
+        from vgr.diffusion.samplers import chunk_bounds
+        from vgr.types import Layout
+
+        latents, steps = self.codec.latent_frames(frames), len(self.sampling["sigmas"] or ()) - 1
+        steps = self.sampling["steps"] if steps < 0 else steps
+        chunks = len(chunk_bounds(Layout.chunked(1, latents, self.chunk or latents)))
+        return {"joint": steps, "chunk_flow": int((chunks - 1) * steps / chunks) + steps, "stream": chunks}[
+            self.sampling["method"]
+        ]
+
+    def __call__(
+        self,
+        first_frames: np.ndarray | None,
+        cameras: Cameras,
+        captions: tuple[tuple[str, ...], ...],
+        seeds: list[int],
+        progress: Callable[[int], None] | None = None,
+        watch: Callable[[np.ndarray], None] | None = None,
+        shot: Tensor | None = None,
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """First frames (B,H,W,3) uint8 (None: the model imagines them) to videos (B,F,H,W,3) uint8 and seconds spent.
+
+        cameras: F raw frames, F at most max_frames. seeds: one a video; its noise depends on nothing else. watch:
+        hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams. shot (B,T): which
+        caption each latent frame follows; None: the first.
+        """
+        import torch
+
+        from vgr.diffusion import guidance
+        from vgr.training.conditioning import conditioning
+
+        if cameras.c2w.shape[1] > self.max_frames:
+            raise ValueError(f"{cameras.c2w.shape[1]} frames asked; this model makes up to {self.max_frames}")
+        start = mark = self._clock()
+        batch, frames = cameras.c2w.shape[:2]
+        if shot is None:
+            shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64)
+        pieces: list[np.ndarray] = []
+        first_at, denoise, told = start, 0.0, 0
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            args = (cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
+            cond = conditioning(self.text, captions, *args)
+            null = self.text(tuple(("",) * len(row) for row in captions))
+            first = None if first_frames is None else self._encode(first_frames)
+            denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
+            decode = self.codec.stream()
+            for latents in self._denoise(denoiser, cond, seeds, first, progress):
+                denoise += self._clock() - mark
+                if not pieces:
+                    pieces.append(self.decoded(decode, latents[:, :, :1]))
+                    latents, first_at = latents[:, :, 1:], self._clock()
+                if latents.shape[2]:
+                    pieces.append(self.decoded(decode, latents))
+                for piece in pieces[told:] if watch is not None else ():
+                    watch(piece)
+                told, mark = len(pieces), self._clock()
+        total = mark - start
+        timings = {
+            "first_frame_s": first_at - start, "total_s": total, "denoise_s": denoise, "decode_s": total - denoise,
+            "frames": frames,
+        }  # fmt: skip
+        return np.concatenate(pieces, axis=1), timings
+
+    def _denoise(
+        self, denoiser: Denoiser, cond: Conditioning, seeds: list[int], first: Tensor | None,
+        progress: Callable[[int], None] | None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Latents by the checkpoint's method, at once or chunk by chunk; `progress` hears of each step or chunk."""
+        import torch
+
+        from vgr.diffusion import rollout, samplers
+        from vgr.seeding import torch_generator
+
+        height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
+        sigmas = self.sigmas
+        if self.sampling["method"] == "stream":
+            noise = samplers.frame_noise(seeds, (self.codec.channels, height, width), self.device)
+            renoise = self.sampling.get("renoise", False)
+            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first, renoise=renoise)
+            for i, (latents, _) in enumerate(chunks):
+                if progress is not None:
+                    progress(i)
+                yield latents
+            return
+        shape = (self.codec.channels, len(cond.layout.position), height, width)
+        noise = torch.stack([torch.randn(shape, generator=torch_generator(s, "noise")) for s in seeds])
+        solve = samplers.euler if self.sampling["method"] == "joint" else samplers.chunk_flow_euler
+        yield solve(denoiser, noise.to(self.device), cond, sigmas, first, progress)
+
+    def _encode(self, images: np.ndarray) -> Tensor:
+        import torch
+
+        video = torch.from_numpy(images).permute(0, 3, 1, 2).unsqueeze(2).to(self.device)
+        with torch.autocast(self.device, enabled=False):  # the latents of training are fp32
+            return self.codec.encode(video.float() / 127.5 - 1.0)
+
+    def decoded(self, decode: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarray:
+        """Latents (B,C,T,H,W) as videos (B,F,H,W,3) uint8; the codec works outside autocast, as in preparing data."""
+        import torch
+
+        with torch.autocast(self.device, enabled=False):
+            video = (decode(latents).clamp(-1, 1) + 1) * 127.5
+        return video.round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+    def _clock(self) -> float:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,4 +1,4 @@
-"""The causal video model's stages on a really tiny problem: teacher forcing, few-step starts, self-forcing in segments."""
+"""The causal video model's stages on a really tiny problem: teacher forcing, few-step starts, growing sequences."""
 
 import numpy as np
 import pytest

@@ -8,6 +8,7 @@ sines of the point on the surface, so they are band-limited and move with their 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -142,14 +143,15 @@ def textures(rng: np.random.Generator, base_N3: np.ndarray, scale_N: np.ndarray)
 
 def _leave_box(origin_3: np.ndarray, rays_N3: np.ndarray, half_3: np.ndarray) -> np.ndarray:
     """How far along rays from inside a box leave it."""
-    return ((np.sign(rays_N3) * half_3 - origin_3) / rays_N3).min(axis=1).astype(np.float32)
+    return reduce(np.minimum, ((np.sign(rays_N3) * half_3 - origin_3) / rays_N3).T).astype(np.float32)
 
 
 def _enter_box(origin_3: np.ndarray, rays_N3: np.ndarray, half_3: np.ndarray) -> np.ndarray:
     """How far along rays enter a box from outside; infinity: nowhere."""
     toward_N3 = np.sign(rays_N3) * half_3
-    enter_N = ((-toward_N3 - origin_3) / rays_N3).max(axis=1)
-    leave_N = ((toward_N3 - origin_3) / rays_N3).min(axis=1)
+    # Column by column: numpy's own maximum over an axis of three is ten times slower.
+    enter_N = reduce(np.maximum, ((-toward_N3 - origin_3) / rays_N3).T)
+    leave_N = reduce(np.minimum, ((toward_N3 - origin_3) / rays_N3).T)
     return np.where((enter_N < leave_N) & (enter_N > 1e-6), enter_N, np.inf)
 
 

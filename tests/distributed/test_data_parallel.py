@@ -25,9 +25,11 @@ DEVICES = [
 ]
 
 
-# Self-forcing from that run and with it as the teacher: two networks, two backward passes a step.
+# Self-forcing from that run and with it as the teacher: two networks and a judge, a backward pass for each chunk.
 FORCING = PRESET.replace("defaults:\n", "defaults:\n  - override /training: self_forcing\n").replace(
-    "max_samples: 160, warmup_samples: 16, ", "max_samples: 48, critic_steps: 2, chunk: 2, "
+    "max_samples: 160, warmup_samples: 16, ",
+    "max_samples: 48, critic_steps: 2, chunk: 2, adversarial: 0.01, "
+    "judge: {_target_: vgr.models.critic.Judge, width: 32, layers: [0, 1], inner: 16, heads: 2}, ",
 ) + "student_times: [1.0, 0.75, 0.0]\ninit_from: one/mini/seed1\nteacher: one/mini/seed1\n"
 
 
@@ -48,4 +50,5 @@ def test_two_ranks_equal_one(tmp_path, device, preset):
         alike = {k: a[k] for k in a if not k.endswith("_ratio")}  # of a micro-batch's spread, which depends on its size
         assert a.keys() == b.keys() and alike == pytest.approx({k: b[k] for k in alike}, rel=1e-3, abs=1e-4)
     single, double = (checkpoints.read_weights(checkpoints.latest(r / "checkpoints")) for r in (one, two))
-    assert all(torch.allclose(single[k], double[k], atol=1e-4) for k in single)
+    # A tenth of one step (lr 3e-3): Adam turns the rounding of a gradient near zero into a part of a step.
+    assert all(torch.allclose(single[k], double[k], atol=3e-4) for k in single)

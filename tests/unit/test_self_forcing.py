@@ -7,7 +7,8 @@ import torch
 
 from vgr.diffusion import flow
 from vgr.diffusion.guidance import guided, teacher_forced
-from vgr.diffusion.samplers import chunk_bounds
+from vgr.diffusion.rollout import self_forced
+from vgr.diffusion.samplers import chunk_bounds, frame_noise
 from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.critic import Judge
@@ -44,6 +45,22 @@ def _network(kind):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
+
+
+@pytest.mark.parametrize("policy", [{}, {"window": 1, "routed": 2}, {"window": 1, "routed": 2, "per_step": True}])
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_exits_made_again_read_what_they_read_before(policy, exit_step):
+    """Which frames a chunk remembers is chosen at noise, or anew at each step; the samples are the same bits."""
+    torch.manual_seed(0)
+    model = CausalVideo(**KINDS["video"][1], **policy)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    text = TextStates(_normal(2, 1, 3, 16), torch.ones(2, 1, 3).bool())
+    noise, sigmas = frame_noise([1, 2], (4, 4, 4)), torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64)
+    cond = Conditioning(Layout.chunked(2, 13, 2), text)
+    made, exits, _ = self_forced(model, model.new_state(), cond, sigmas, noise, exit_step=exit_step)
+    again = torch.cat([exit_.again(model) for exit_ in reversed(exits)][::-1], 2)
+    assert len(exits) == 6 and again.requires_grad and torch.equal(again.detach(), made)
 
 
 def _module(kind, sigmas=(1.0, 0.75, 0.0), judge=False, **settings):

@@ -75,9 +75,11 @@ def self_forced(
 
     Arguments are `stream`'s. Chunks touch each other through detached commits only, so the gradient of the latents
     is that of the exits made again one by one, with one graph alive at a time. A state is immutable: an exit's is a
-    prefix of the last, and is let go with it.
+    prefix of the last, and is let go with it. A denoiser whose states also hold what it can read again from their
+    memory has `lean(state)`, which leaves that out.
     """
     exits: list[Exit] = []
+    lean = getattr(denoiser, "lean", lambda state: state)
     last: Exit | None = None
 
     def recorded(
@@ -87,7 +89,7 @@ def self_forced(
         if commit:
             exits.append(last)
         else:
-            last = Exit(x, t, part, state)
+            last = Exit(x, t, part, lean(state))
         return denoiser(x, t, part, state, commit=commit)
 
     chunks = stream(recorded, state, cond, sigmas, noise, first_frame, renoise=True, exit_step=exit_step)

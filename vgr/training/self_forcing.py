@@ -169,7 +169,10 @@ class SelfForcing(pl.LightningModule):
             past = past[:, :, max(0, past.shape[2] - self.overlap) :]
 
     def rollout(self, segment: Segment, purpose: str) -> tuple[Tensor, list[Exit], Any]:
-        """The student's clean latents (B,C,T,H,W) up to this update's common exit, each chunk's exit, the state."""
+        """The student's clean latents (B,C,T,H,W), stopped at this update's common exit, each chunk's exit, the state.
+
+        A sequence's last state is let go: nothing follows, and it holds the whole video's keys and values.
+        """
         batch = segment.batch
         generator = torch_generator(self.seed, f"{purpose} exit", segment.number)  # one exit for all ranks and chunks
         exit_step = int(torch.randint(len(self.sigmas) - 1, (), generator=generator))
@@ -177,7 +180,9 @@ class SelfForcing(pl.LightningModule):
         channels, _, height, width = batch.latents.shape[1:]
         noise = frame_noise(seeds, (channels, height, width), self.device)
         first = batch.latents[:, :, :1] if self.image and segment.index == 0 else None
-        return self_forced(self.model, segment.state, segment.cond, self.sigmas, noise, first, exit_step=exit_step)
+        args = (self.model, segment.state, segment.cond, self.sigmas, noise, first)
+        sample, exits, state = self_forced(*args, exit_step=exit_step)
+        return sample, exits, state if segment.index + 1 < segment.count else None
 
     def _noised(self, window: Tensor, segment: Segment, purpose: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy version of a window, its times, the noise, and which frames count (B,T): noisy ones behind the past."""
@@ -231,7 +236,7 @@ class SelfForcing(pl.LightningModule):
 
         The judge learns from what the critic sees, not the critic from the judge.
         """
-        sample, _, state = self.rollout(segment, "critic")
+        sample, state = self.rollout(segment, "critic")[::2]  # exits would hold memory through the backward pass
         window = torch.cat([segment.past, sample], dim=2)
         x, t_BT, noise, made_BT = self._noised(window, segment, "critic")
         v, seen = self._follow(window, x, t_BT, segment)
@@ -256,12 +261,10 @@ class SelfForcing(pl.LightningModule):
                 f"{self.global_batch} must be data.micro_batch x devices, {len(batch.keys) * self.trainer.world_size}"
             )
         segments = self.segments(batch)
-        try:
+        with contextlib.suppress(StopIteration):
             segment = next(segments)
             while True:
                 segment = segments.send(self._take(segment, parts))
-        except StopIteration:
-            pass
         if self._micro_batches == 0:
             self.samples_seen += self.global_batch
 

@@ -10,7 +10,7 @@ import torch
 from vgr.data.modules import collate
 from vgr.data.shards import Shards, ShardWriter
 from vgr.diffusion.guidance import guided, teacher_forced
-from vgr.diffusion.timesteps import sigma_grid
+from vgr.diffusion.timesteps import few_step_sigmas, sigma_grid
 from vgr.distillation.ode import trajectory
 from vgr.seeding import normal_like
 from vgr.training import checkpoints
@@ -36,7 +36,8 @@ class TeacherPaths:
         self.times, self.guidance, self.batch, self.frames = [float(t) for t in times], guidance, batch, frames
         if self.times != sorted(self.times, reverse=True) or self.times[0] != 1.0 or self.times[-1] != 0.0:
             raise ValueError(f"source.times={self.times} must fall from 1 to 0")
-        self.grid = sigma_grid(steps, shift)
+        # A causal teacher walks the shift of uniform times, on which those of its student lie (causal video, spec 5).
+        self.grid = sigma_grid(steps, shift) if chunk is None else few_step_sigmas(steps, shift)
         self.parts = rebuild_teacher(teacher, chunk=chunk)
         self.shards = Shards(clips, self.parts["codec"].fingerprint)
         self.settings = {"steps": steps, "shift": shift, "guidance": guidance, "clips": clips}

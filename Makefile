@@ -24,7 +24,6 @@ chain: $(VENV)/.ready
 	$(BIN)/vgr-train experiments=world_model/ode size=tiny
 	$(BIN)/vgr-train experiments=world_model/self_forcing size=tiny
 	for run in tiny $(STAGES:%=%_tiny); do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke || exit; done
-	$(BIN)/vgr-bench checkpoint=runs/world_model/chunk_causal_tiny/seed1 protocol=smoke_four_steps
 	$(BIN)/python -m benchmarks.few_steps $(RUN) $(STAGES:%=runs/world_model/%_tiny/seed1) --out runs/chain
 
 test: $(VENV)/.ready-test

@@ -50,7 +50,7 @@ def read_text(cfg: DictConfig) -> dict[str, Any]:
 
     from hydra.utils import instantiate
 
-    from vgr.models.gemma import to_arrays
+    from vgr.nn.frozen import to_arrays
 
     command.check_targets(cfg.text, "text")
     encoder = instantiate(cfg.text)

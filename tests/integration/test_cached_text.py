@@ -18,7 +18,7 @@ from vgr.training import checkpoints
 from vgr.training.conditioning import cached_text, dropped
 
 WORDS = (
-    "data=worlds_tiny", "out=shards", "train_clips=6", "val_clips=2", "source.frames=17", "source.size_hw=[32,32]",
+    "source=worlds_tiny", "out=shards", "train_clips=6", "val_clips=2", "source.frames=17", "source.size_hw=[32,32]",
     "source.cut_share=1.0", "codec.stride=[4,8,8]", "codec.luma=[4]", "codec.chroma=[0]", "codec.latents_mean=null",
     "codec.latents_std=null", "workers=1",
 )  # fmt: skip

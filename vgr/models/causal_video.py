@@ -147,6 +147,10 @@ class CausalVideo(nn.Module):
         """The state before a video's first chunk; with detach=False gradients flow through what commits store."""
         return CausalVideoState((), 0, 0, detach)
 
+    def lean(self, state: CausalVideoState) -> CausalVideoState:
+        """The state without what a call reads again from its blocks and choices."""
+        return dataclasses.replace(state, gathered=None)
+
     @in_own_precision
     def forward(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vgr.data.modules import EncodedCaption, ShardData
 from vgr.geometry.cameras import group_by_latent
-from vgr.models.gemma import from_arrays
+from vgr.nn.frozen import from_arrays
 from vgr.seeding import torch_generator
 from vgr.types import Cameras, Conditioning, Layout, TextEncoder, TextStates, VideoBatch
 

@@ -3,7 +3,7 @@
 vgr-sample checkpoint=runs/world_model/tiny/seed1 path=orbit seconds=8 first_frame=img.png prompt="a dim room"
 vgr-sample checkpoint=runs/world_model/tiny/seed1 actions=[w-30,l-20]
 vgr-sample checkpoint=runs/world_model/tiny/seed1 cameras=colmap/sparse/0 scale=0.5 first_frame=img.png
-vgr-sample checkpoint=runs/causal_video/multi_shot_tiny/seed1 shots=story.yaml
+vgr-sample checkpoint=runs/causal_video/multi_shot_story_tiny/seed1 shots=story.yaml
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def project(tmp_path_factory, gemma):  # noqa: F811
     folder = tmp_path_factory.mktemp("cached")
     shutil.copytree(gemma, folder / "gemma")
     text = "{folder: gemma, prompt_config: gemma/config.yaml, width: 16, length: 12, dtype: float32}"
-    preset = PRESET.replace("text: {width: 16, length: 16, heads: 2}", f"text: {text}").replace("small", "worlds_tiny")
+    preset = PRESET.replace("text: {width: 16, length: 16, heads: 2}", f"text: {text}").replace("small", "story_tiny")
     preset = preset.replace("defaults:\n", "defaults:\n  - override /text: gemma2\n")
     (folder / "own/experiments").mkdir(parents=True)
     data = "data: {train: shards/train, val: shards/val, micro_batch: 4, val_clips: 2}\n"
@@ -71,7 +71,7 @@ def test_another_encoder_is_refused_and_a_trained_one_runs_itself(project):
     with pytest.raises(ValueError, match=r"text.length=10 \(they: 12\)"):
         cached_text(_data(project), _text(project, length=10))
     assert cached_text(_data(project), {"_target_": "vgr.models.text.ByteTextEncoder", "width": 16}) is None
-    code, told = command(project, *WORDS, "out=other", "text=bytes_tiny")
+    code, told = command(project, *WORDS, "out=other", "text=bytes")
     assert code == 2 and "ByteTextEncoder is trained with the model" in told and not (project / "other").exists()
 
 

@@ -277,3 +277,27 @@ def test_calls_that_do_not_fit(clips):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             model(*args, **kwargs)
+
+
+def test_memory_is_told_before_a_run():
+    """Figures of spec 4.4 at 480x832: 14B holds 21.7 GB active and 155 GB of 30 s, an eighth of it on 8 ranks."""
+    sizes = {"14B": {"width": 5120, "heads": 40, "layers": 40, "ffn_width": 13824}, "1.3B": {}}
+    with torch.device("meta"):
+        models = {k: CausalVideo(**size, window=3, routed=5) for k, size in sizes.items()}
+    plan = {k: model.memory_plan(121, (30, 52), 3) for k, model in models.items()}
+    assert [plan[k]["history"] for k in sizes] == pytest.approx([155, 34.8], rel=0.01)
+    # 17 frames in the spec; the chunk of four may stand in the window.
+    assert plan["14B"]["read"] == pytest.approx(21.7 * 18 / 17, rel=0.01)
+    assert models["14B"].memory_plan(121, (30, 52), 3, ranks=8)["history"] == pytest.approx(19.3, rel=0.01)
+    assert plan["14B"]["means"] == pytest.approx(121 * 0.82e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_plan_is_what_a_state_holds(clips, name):
+    x, noisy, t, _ = clips
+    model = random_model(**POLICIES[name])
+    with torch.no_grad():
+        *_, state = cached(model, x[:1], noisy[:1], t[:1], story(1))
+    held = sum(y.nbytes for block in state.blocks for kv in block.layers for y in (kv.k, kv.v)) / 1e9
+    plan = model.memory_plan(FRAMES, (HEIGHT // 2, WIDTH // 2), CHUNK, bytes_per_number=4)
+    assert held <= plan["history"] * 1.001 and held >= 0.5 * plan["history"]

@@ -147,6 +147,23 @@ class CausalVideo(nn.Module):
         """The state before a video's first chunk; with detach=False gradients flow through what commits store."""
         return CausalVideoState((), 0, 0, detach)
 
+    def memory_plan(
+        self, frames: int, grid: tuple[int, int], chunk: int, bytes_per_number: int = 2, ranks: int = 1
+    ) -> dict[str, float]:
+        """GB that a rollout of latent frames on a grid of cells will hold, per rank, weights and activations apart.
+
+        read: keys and values that the chunk at work attends to, rotated and together; history: those kept of
+        committed frames, on the device or the host as `place` says; means: what routing scores (spec 4.4).
+        """
+        policy, layers, width = self.policy, len(self.blocks), self.heads * self.head_dim / ranks
+        frame = 2 * grid[0] * grid[1] * width * bytes_per_number * layers / 1e9
+        near = frames if policy.window is None else min(frames, policy.window * chunk + (policy.window > 0))
+        sinks = sum(1 + -(-n // chunk) * chunk for n in (policy.sink, policy.shot_sink) if n)  # whole chunks are kept
+        reach = min(frames, near + sinks + policy.routed + chunk)
+        kept = frames if policy.window is None or policy.routed else min(frames, near + sinks)
+        means = frames * width * 4 * layers / 1e9 if policy.routed else 0.0
+        return {"read": reach * frame, "history": kept * frame, "means": means}
+
     def lean(self, state: CausalVideoState) -> CausalVideoState:
         """The state without what a call reads again from its blocks and choices."""
         return dataclasses.replace(state, gathered=None)
@@ -160,16 +177,21 @@ class CausalVideo(nn.Module):
         state: CausalVideoState | None = None,
         *,
         commit: bool = False,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, CausalVideoState | None]:
         """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1].
 
         With a state the frames follow those committed; commit=True, the clean pass, adds them to what is returned,
         without it the state has this chunk's choices. Without one: one chunk, several, or a packed layout.
+        With a shard every rank gives and gets the whole call; inside, each computes its share of the cells and, in
+        attention, of the heads, and its state holds those heads (Ulysses, spec 4.4).
         """
         grid = x.shape[3] // PATCH, x.shape[4] // PATCH
         frames = self._check(x, t, cond, state, commit)
+        own = None if shard is None else self._cells(grid[0] * grid[1], shard)
         call = self._call(frames, cond.layout, grid, state, x.device)
-        tokens = self.patch_embed(_patches(x.float())).float()
+        patches = _patches(x.float())
+        tokens = self.patch_embed(patches if own is None else patches[:, :, own]).float()
         t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
         modulation = self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
         runs = _runs(frames)
@@ -180,19 +202,30 @@ class CausalVideo(nn.Module):
             past = [] if state is None else [b.layers[i] for b in state.blocks]
             ready = state.gathered[i] if reuse else None
             if self.activation_checkpointing and self.training:
-                tokens, own, read = checkpoint(block, tokens, *args, past, ready, None, use_reentrant=False)
+                tokens, kv, read = checkpoint(block, tokens, *args, past, ready, shard, use_reentrant=False)
             else:
-                tokens, own, read = block(tokens, *args, past, ready, None)
-            kept.append(own)
+                tokens, kv, read = block(tokens, *args, past, ready, shard)
+            kept.append(kv)
             gathered.append(read)
         shift, scale = (t_emb.unsqueeze(2) + self.final_table).unsqueeze(3).unbind(2)
-        out = _pixels(self.final(modulated_norm(tokens, shift, scale)).float(), grid)
+        out = self.final(modulated_norm(tokens, shift, scale)).float()
+        out = _pixels(out if shard is None else shard.all_gather(out, 2, grid[0] * grid[1]), grid)
         if state is None:
             return out, None
         if commit:
             return out, self._committed(state, frames, kept)
         gathered = tuple(gathered) if state.detach else None  # a graph's tensors serve one call
         return out, dataclasses.replace(state, choices=dict(call.choices), gathered=gathered)
+
+    def _cells(self, cells: int, shard: Shard) -> slice:
+        """This rank's cells of every frame. ValueError for ranks that heads or cells do not divide among."""
+        if self.heads % shard.size or cells < shard.size:
+            fit = [n for n in range(2, self.heads + 1) if self.heads % n == 0 and n <= cells]
+            raise ValueError(
+                f"{self.heads} heads and {cells} cells a frame cannot be split over {shard.size} context ranks; "
+                f"use {', '.join(map(str, fit))}"
+            )
+        return slice(*shard.frames(cells))
 
     @property
     def _rechoose(self) -> bool:

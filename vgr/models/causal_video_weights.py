@@ -68,7 +68,7 @@ def from_original(_config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
     plain = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     ours = _to_ours(plain, _ORIGINAL)
     arguments = _arguments(ours)
-    return {**arguments, "heads": arguments["width"] // 128}, ours
+    return {**arguments, "heads": max(1, arguments["width"] // 128)}, ours
 
 
 def to_diffusers(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

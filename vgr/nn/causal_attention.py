@@ -75,9 +75,13 @@ class CausalAttention(nn.Module):
     ) -> tuple[Tensor, KeyValues, Gathered]:
         """x (B,T,S,D) to the same shape; keys and values of the call's clean frames; what its last chunk has read.
 
-        past: this layer's of the memory; gathered: what an earlier call for the same only chunk has read.
+        past: this layer's of the memory; gathered: what an earlier call for the same only chunk has read. shard: x
+        holds this rank's cells of every frame; memory and what is gathered hold all cells of this rank's heads.
         """
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in self._projected(x))
+        if shard is not None:
+            together = torch.stack([q.to(v.dtype), k.to(v.dtype), v], dim=3)
+            q, k, v = cells_to_heads(together, call.table.shape[1], shard).unbind(3)
         policy, (a, b) = self.policy, call.own
         k = k.to(v.dtype)
         mean = k[:, a:b].detach().float().mean(2) if policy.routed else None
@@ -94,6 +98,7 @@ class CausalAttention(nn.Module):
                 part = slice(start, end)
                 parts.append((start, self._attend(q[:, part], k[:, part], v[:, part], gathered, query, call)))
         out = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])], dim=1)
+        out = out if shard is None else heads_to_cells(out, shard)
         return self.proj(out.flatten(3)), own, gathered
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,6 +158,22 @@ class CausalAttention(nn.Module):
         q, k, v = (y.flatten(1, 2).transpose(1, 2) for y in (q.to(v.dtype), k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).unflatten(1, (frames, cells))
+
+
+def cells_to_heads(x: Tensor, cells: int, shard: Shard) -> Tensor:
+    """(B,T,own cells,3,N,K) to (B,T,S,3,N/ranks,K): every rank's cells of this rank's heads (Ulysses)."""
+    held, spans = x.shape[2], [shard.frames(cells, rank) for rank in range(shard.size)]
+    x = x.unflatten(4, (shard.size, -1)).permute(4, 2, 0, 1, 3, 5, 6).flatten(0, 1)
+    x = shard.all_to_all(x, [held] * shard.size, [b - a for a, b in spans])
+    return x.permute(1, 2, 0, 3, 4, 5)
+
+
+def heads_to_cells(x: Tensor, shard: Shard) -> Tensor:
+    """(B,T,S,N/ranks,K) to (B,T,own cells,N,K), the way back."""
+    spans = [shard.frames(x.shape[2], rank) for rank in range(shard.size)]
+    held = spans[shard.rank][1] - spans[shard.rank][0]
+    x = shard.all_to_all(x.permute(2, 0, 1, 3, 4), [b - a for a, b in spans], [held] * shard.size)
+    return x.unflatten(0, (shard.size, held)).permute(2, 3, 1, 0, 4, 5).flatten(3, 4)
 
 
 class PaddedCrossAttention(nn.Module):

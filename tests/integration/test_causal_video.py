@@ -1,0 +1,162 @@
+"""The causal video model by its commands: stories to a student, directed shot by shot, exported and read again."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_training import train  # noqa: E402
+
+from vgr import command, export, prepare, sample
+from vgr.models.causal_video import CausalVideo
+from vgr.training import checkpoints
+
+FRAMES = 21  # 11 latent frames: a chunk of four, then three, three and one that joins them
+SMALL = (
+    "model.width=24", "model.heads=2", "model.layers=2", "model.ffn_width=32", "model.in_channels=3",
+    "codec.stride=[2,8,8]", "codec.luma=[1]", "codec.chroma=[1]", "codec.latents_mean=null", "codec.latents_std=null",
+    "text.width=16", "text.length=16", "text.heads=2", "model.text_width=16", "model.text_length=16",
+    "data.train=shards/train", "data.val=shards/val", "data.micro_batch=2", "training.global_batch=2",
+    "every.log=2", "every.validate=100", "every.save=4", "data.val_clips=2", "trainer.accelerator=cpu",
+)  # fmt: skip
+STORY = """
+- {prompt: Kim in the blue room, seconds: 1.5}
+- {prompt: Bo in the red room, seconds: 0.75}
+- {prompt: Kim sits down, seconds: 0.75, cut: false}
+"""
+
+
+def run(main, folder, *words):
+    """A command in this process: exit code, stdout and stderr."""
+    out, err, code, here = io.StringIO(), io.StringIO(), 0, os.getcwd()
+    os.chdir(folder)
+    try:
+        argv = mock.patch.object(sys, "argv", [f"vgr-{main.__module__.split('.')[-1]}", *words])
+        with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as exit_:
+        code = exit_.code
+    finally:
+        os.chdir(here)
+    return code, out.getvalue(), err.getvalue()
+
+
+def write_shards(folder):
+    from hydra.utils import instantiate
+
+    from vgr.data.shards import ShardWriter
+
+    words = ["experiments=causal_video/multi_shot", "size=story_tiny", *SMALL]
+    codec = instantiate(command.compose("train", words).codec)
+    shots = [{"start": 0, "end": 7, "caption": "Kim"}, {"start": 7, "end": FRAMES, "caption": "Bo"}]
+    meta = {"shots": shots, "source": {}, "metric_scale": True}
+    c2w, intrinsics = np.tile(np.eye(4), (FRAMES, 1, 1)), np.tile([0.5, 0.5, 0.5, 0.5], (FRAMES, 1))
+    rng = np.random.default_rng(0)
+    for split, clips in (("train", 12), ("val", 2)):
+        args = ("CosineCodec", codec.fingerprint, (2, 8, 8), 3, (32, 32), 8.0, "CC0")
+        with ShardWriter(folder / "shards" / split, *args) as writer:
+            for i in range(clips):
+                latents = rng.normal(size=(3, 11, 4, 4)).astype(np.float16)
+                writer.add(f"{split}{i}", latents, c2w, intrinsics, {**meta, "split": split})
+
+
+def stage(folder, name, *words):
+    done = train(folder, f"experiments=causal_video/{name}", "size=story_tiny", *SMALL, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next((folder / "runs/causal_video").glob(f"{name}*/seed1"))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Multi-shot tuning, trajectories under true history, ODE initialisation, self-forcing with routed memory."""
+    folder = tmp_path_factory.mktemp("causal")
+    (folder / "own").mkdir()
+    write_shards(folder)
+    runs = {"multi_shot": stage(folder, "multi_shot", "training.max_samples=8", "training.warmup_samples=2")}
+    times = "[1.0,0.9,0.75,0.5,0.0]"
+    code, told, err = run(
+        prepare.main, folder, "source=ode", "out=paths", "train_clips=6", "source.clips=shards/train",
+        f"source.teacher={runs['multi_shot'].relative_to(folder)}", f"source.times={times}", "source.steps=4",
+        "source.shift=3.0", "source.guidance=2.0", "source.batch=3", "source.frames=null", "source.chunk=3",
+        "source.image=false",
+    )  # fmt: skip
+    assert code == 0, err
+    teacher = runs["multi_shot"].relative_to(folder)
+    runs["ode"] = stage(
+        folder, "ode", "data.train=paths/train", f"init_from={teacher}", "training.max_samples=4", f"runs={folder}/runs"
+    )
+    runs["consistency"] = stage(folder, "consistency", f"init_from={teacher}", "training.max_samples=4")
+    runs["student"] = stage(
+        folder, "self_forcing", f"teacher={teacher}", f"init_from={runs['ode'].relative_to(folder)}",
+        "training.max_samples=4", "training.critic_steps=2", "training.judge.layers=[0,1]", "training.judge.inner=8",
+        "model.window=1", "model.routed=2",
+    )  # fmt: skip
+    return folder, runs
+
+
+def test_every_stage_learns_from_the_one_before(chain):
+    _, runs = chain
+    weights = {k: checkpoints.read_weights(checkpoints.latest(r / "checkpoints"), "weights") for k, r in runs.items()}
+    name = "model.blocks.1.attn.qkv.weight"
+    values = [w[name] for w in weights.values()]
+    assert all(v.isfinite().all() for v in values) and not any(torch.equal(values[0], v) for v in values[1:])
+    rows = [json.loads(line) for line in (runs["student"] / "metrics.jsonl").read_text().splitlines()]
+    assert any("train/critic_gap" in row for row in rows)
+
+
+def test_a_story_is_directed(chain, tmp_path):
+    folder, runs = chain
+    (folder / "story.yaml").write_text(STORY)
+    words = (f"checkpoint={runs['student']}", "shots=story.yaml", "device=cpu")
+    made = []
+    for name in ("a", "b"):
+        code, told, err = run(sample.main, folder, *words, f"out={tmp_path / name}")
+        assert code == 0, err
+        made.append((tmp_path / name / "video.mp4").read_bytes())
+    assert made[0] == made[1]
+    record = json.loads((tmp_path / "a/sample.json").read_text())
+    assert [shot["frames"] for shot in record["shots"]] == [13, 6, 6]
+    assert [shot["cut"] for shot in record["shots"]] == [False, True, False] and len(record["chunk_s"]) == 4
+    assert not (tmp_path / "a/live.mp4").exists()
+
+
+MISTAKES = [
+    ("- {prompt: a, seconds: 0.3}", "the nearest that fits is seconds=0.75"),
+    ("- {prompt: '', seconds: 0.75}", "has an empty prompt"),
+    ("- {prompt: a, seconds: 0.75, cut: true}", "nothing to cut from"),
+    ("- {prompt: a, seconds: 0.75, camera: orbit}", "no camera"),
+    ("- {prompt: a, second: 0.75}", "must have prompt and seconds"),
+    ("prompt: a", "must be a list of shots"),
+    ("- [", "is no YAML"),
+    (None, "does not exist"),
+]
+
+
+@pytest.mark.parametrize("text,told", MISTAKES)
+def test_stories_that_cannot_be_made(chain, tmp_path, text, told):
+    folder, runs = chain
+    path = tmp_path / "story.yaml"
+    if text is not None:
+        path.write_text(text)
+    code, _, err = run(sample.main, folder, f"checkpoint={runs['student']}", f"shots={path}", "device=cpu", "out=none")
+    assert code == 2 and told in err and err.count("\n") == 1 and not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("form", ["vgr", "diffusers", "original"])
+def test_a_run_is_exported_and_read_again(chain, tmp_path, form):
+    folder, runs = chain
+    words = (f"checkpoint={runs['multi_shot']}", f"format={form}", f"out={tmp_path / form}")
+    code, told, err = run(export.main, folder, *words)
+    assert (code, err) == (0, "") and "tensors" in told
+    again = CausalVideo.from_pretrained(tmp_path / form, heads=2)
+    stored = checkpoints.read_weights(checkpoints.latest(runs["multi_shot"] / "checkpoints"), "ema")
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, stored[f"model.{name}"]), name

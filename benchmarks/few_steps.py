@@ -7,7 +7,7 @@ as it is used. The others are teachers, at most one of them bidirectional, the f
 in two ways: down their own grid by Euler steps, and the way of the first student (its times, its renewed noise), which
 tells distillation from a lucky sampler. Two measures: mean squared latent distance over generated frames to the first
 run's solution in --steps steps; and Frechet distance of the decoded videos to the true ones of the same clips (features
-clipstats48), with how much nearer to them each student lies than each teacher.
+clipstats48), with how much nearer to them each student lies than each run before it.
 Writes few_steps.json and the first clips as sheet.png to --out.
 """
 
@@ -121,7 +121,7 @@ def main() -> None:
         ]
     write(args.out, distances, found, [name for name in rows if name in runs and runs[name]["sampling"]["sigmas"]])
     with atomic(args.out / "sheet.png") as file:
-        file.write(media.png(media.sheet(sheet)))
+        file.write(media.png(media.sheet(sheet, 5)))
 
 
 def write(
@@ -137,10 +137,10 @@ def write(
         rows[name] = {"distance": cell(mean_interval(torch.cat(parts))), "frechet": cell(frechet)}
         print(f"{name}: distance {torch.cat(parts).mean():.4f}, Frechet distance {frechet.value:.2f}")
     for student in students:
-        for teacher in (name for name in list(rows)[1:] if name not in students):
-            gain = fvd.frechet_gain(table[student], table[teacher], table["truth"])
-            gains.append({"student": student, "teacher": teacher, **cell(gain)})
-            print(f"{student} nearer than {teacher} by {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})")
+        for other in list(rows)[1 : list(rows).index(student)]:
+            gain = fvd.frechet_gain(table[student], table[other], table["truth"])
+            gains.append({"student": student, "other": other, **cell(gain)})
+            print(f"{student} nearer than {other} by {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})")
     write_json(out / "few_steps.json", {"rows": rows, "gains": gains})
 
 

@@ -3,11 +3,11 @@
     python -m benchmarks.few_steps runs/world_model/{tiny,chunk_causal_tiny,ode_tiny}/seed1
 
 All start from the same noise, first frames, cameras and texts. A run with times of its own is a student and is sampled
-as it is used. The others are teachers, at most one of them bidirectional, the first; they are sampled in as many steps
-in two ways: down their own grid by Euler steps, and the way of the first student (its times, its renewed noise), which
-tells distillation from a lucky sampler. Two measures: mean squared latent distance over generated frames to the first
-run's solution in --steps steps; and Frechet distance of the decoded videos to the true ones of the same clips (features
-clipstats48), with how much nearer to them each student lies than each run before it.
+as it is used. The others are teachers, sampled in as many steps in two ways: down their own grid by Euler steps, and
+the way of the first student (its times, and renewed noise where it renews it), which tells distillation from a lucky
+sampler. Two measures: mean squared latent distance over generated frames to the first run's solution in --steps steps;
+and Frechet distance of the decoded videos to the true ones of the same clips (features clipstats48), with how much
+nearer to them each student lies than each run before it.
 Writes few_steps.json and the first clips as sheet.png to --out.
 """
 

@@ -52,6 +52,14 @@ def test_preset_has_a_tiny_twin_of_the_same_stage(name):
     assert sum(p.numel() for p in instantiate(tiny.model).parameters()) < 10e6
 
 
+def test_a_size_changes_more_for_one_kind_of_training_and_yields_to_the_command_line():
+    def rate(stage, *more):
+        return command.compose("train", [f"experiments=world_model/{stage}", *more]).training.lr
+
+    assert rate("self_forcing", "size=tiny") not in (rate("self_forcing"), rate("ode", "size=tiny"))
+    assert rate("self_forcing", "size=tiny", "training.lr=0.5") == 0.5
+
+
 @pytest.mark.parametrize("name", command.presets())
 def test_preset_says_what_it_asks(name):
     header = dict(re.findall(r"^# (\w+): *(.+)$", command.preset_file(name).read_text(), re.MULTILINE))

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/world_model/tiny/seed1
 FIRST := $(RUN)/bench/smoke/truth/val-000002.mp4
 
-.PHONY: demo chain test test-slow test-gpu test-multigpu lint clean
+.PHONY: demo chain stories test test-slow test-gpu test-multigpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
@@ -25,6 +25,18 @@ chain: $(VENV)/.ready
 	$(BIN)/vgr-train experiments=world_model/self_forcing size=tiny
 	for run in tiny $(STAGES:%=%_tiny); do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke || exit; done
 	$(BIN)/python -m benchmarks.few_steps $(RUN) $(STAGES:%=runs/world_model/%_tiny/seed1) --out runs/chain
+
+# The causal video model's stages on procedural stories at tiny size, and what its memory is worth.
+TOLD := runs/causal_video/multi_shot_story_tiny/seed1
+stories: $(VENV)/.ready
+	$(BIN)/vgr-prepare data=story_tiny
+	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny
+	$(BIN)/python -m benchmarks.memory $(TOLD) --out runs/stories/memory.json
+	$(BIN)/vgr-prepare source=ode out=datasets/causal_ode_story_tiny train_clips=400 source.teacher=$(TOLD) \
+	  source.clips=datasets/story_tiny/train source.times=[1.0,0.947,0.857,0.667,0.0] source.steps=24 source.shift=6.0 \
+	  source.guidance=1.0 source.batch=16 source.frames=null source.chunk=3 source.image=false
+	$(BIN)/vgr-train experiments=causal_video/ode size=story_tiny
+	$(BIN)/vgr-train experiments=causal_video/self_forcing size=story_tiny
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

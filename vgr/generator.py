@@ -37,8 +37,7 @@ class Generator:
         self.stride = self.codec.stride[0]
         self.refine: Callable[..., Iterator[Tensor]] | None = None  # latents on their way to the decoder
         # A student's times have its teacher's guidance trained in.
-        # Only a model that reads cameras needs to know how many raw frames a latent frame has.
-        self.takes_cameras = hasattr(self.model, "raw_frames")
+        self.takes_cameras = self.model.takes_cameras
         self.chunk, self.sampling = record.get("chunk"), sampling | ({"guidance": 1.0} if sampling["sigmas"] else {})
         if sampling["method"] not in METHODS:
             raise ValueError(f"sampling.method={sampling['method']}: choose from {', '.join(METHODS)}")

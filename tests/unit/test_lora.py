@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from test_world_model import _inputs, _model
 
 from vgr import command
+from vgr.diffusion.objectives import flow_matching
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
 from vgr.nn import lora
@@ -165,7 +166,7 @@ def test_training_holds_the_frozen_base_once():
     lora.add(model, 3, 6, TARGETS)
     text = ByteTextEncoder(16, 8, 1, 2).requires_grad_(False)
     codec = SimpleNamespace(stride=(4, 8, 8))
-    module = WorldModelTraining(model, text, codec, seed=1, global_batch=1, max_samples=8, objective=None)
+    module = WorldModelTraining(model, text, codec, seed=1, global_batch=1, max_samples=8, objective=flow_matching)
     names = {f"model.{name}" for name in _adapters(model)}
     assert module.weights().keys() == module.ema_weights().keys() == names
     trained = [p for group in module.configure_optimizers().param_groups for p in group["params"]]

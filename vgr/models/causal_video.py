@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgr.models import causal_video_weights, weights
 from vgr.nn.causal_attention import Call, CausalAttention, Gathered, PaddedCrossAttention, Query, relative_table
-from vgr.nn.embed import sinusoid
+from vgr.nn.embed import patches, pixels, sinusoid
 from vgr.nn.memory import Frame, KeyValues, MemoryPolicy
 from vgr.nn.norm import modulated_norm
 from vgr.nn.precision import Linear32, in_own_precision
@@ -93,6 +93,8 @@ class CausalVideo(nn.Module):
     `vgr.nn.memory.MemoryPolicy` (CausalCine: window 3, routed 5); activation_checkpointing: recompute blocks in the
     backward pass. Cameras in cond are not read: the model has no camera.
     """
+
+    takes_cameras = False
 
     def __init__(
         self,
@@ -190,8 +192,8 @@ class CausalVideo(nn.Module):
         frames = self._check(x, t, cond, state, commit)
         own = None if shard is None else self._cells(grid[0] * grid[1], shard)
         call = self._call(frames, cond.layout, grid, state, x.device)
-        patches = _patches(x.float())
-        tokens = self.patch_embed(patches if own is None else patches[:, :, own]).float()
+        cells = patches(x.float(), PATCH)
+        tokens = self.patch_embed(cells if own is None else cells[:, :, own]).float()
         t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
         modulation = self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
         runs = _runs(frames)
@@ -209,7 +211,7 @@ class CausalVideo(nn.Module):
             gathered.append(read)
         shift, scale = (t_emb.unsqueeze(2) + self.final_table).unsqueeze(3).unbind(2)
         out = self.final(modulated_norm(tokens, shift, scale)).float()
-        out = _pixels(out if shard is None else shard.all_gather(out, 2, grid[0] * grid[1]), grid)
+        out = pixels(out if shard is None else shard.all_gather(out, 2, grid[0] * grid[1]), grid, PATCH)
         if state is None:
             return out, None
         if commit:
@@ -380,18 +382,6 @@ def _cut(kv: KeyValues, a: int, b: int, detach: bool) -> KeyValues:
     """Frames a to b; detached ones are copies, so that dropping other frames of a call frees their memory."""
     parts = [None if x is None else x[:, a:b] for x in (kv.k, kv.v, kv.mean)]
     return KeyValues(*(x.detach().clone() if detach and x is not None else x for x in parts))
-
-
-def _patches(x: Tensor) -> Tensor:
-    """(B,C,T,H,W) to (B,T,S,C*2*2): 2x2 patches, channels first."""
-    x = x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))  # B C T h 2 w 2
-    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
-
-
-def _pixels(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B,T,S,2*2*C), channels last (spec 2.2), to (B,C,T,H,W)."""
-    x = x.unflatten(-1, (PATCH, PATCH, -1)).unflatten(2, grid)  # B T h w 2 2 C
-    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
 def _runs(frames: list[tuple[Frame, int]]) -> list[tuple[int, int, list[int]]]:

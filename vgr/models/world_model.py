@@ -110,6 +110,8 @@ class WorldModel(nn.Module):
     activation_checkpointing: recompute blocks in the backward pass.
     """
 
+    takes_cameras = True
+
     def __init__(
         self,
         in_channels: int = 128,

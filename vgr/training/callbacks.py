@@ -41,10 +41,10 @@ def memory_gib() -> float:
 
 def write_validation(path: Path, result: Validation) -> None:
     """The last validation as JSON: summary, noise levels, and for each clip its losses with both cameras."""
-    clips = [
-        {"key": key, "loss": own, "loss_shuffled_camera": shuffled}
-        for key, own, shuffled in zip(result.keys, result.own_NL.tolist(), result.shuffled_NL.tolist())
-    ]
+    clips = [{"key": key, "loss": own} for key, own in zip(result.keys, result.own_NL.tolist())]
+    if result.shuffled_NL is not None:
+        for clip, shuffled in zip(clips, result.shuffled_NL.tolist()):
+            clip["loss_shuffled_camera"] = shuffled
     record = {"summary": result.metrics(), "levels": result.levels, "clips": clips}
     write_text(path, json.dumps(record, indent=1))
 

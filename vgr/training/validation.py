@@ -19,12 +19,12 @@ from vgr.types import Cameras, Denoiser, TextEncoder, VideoBatch
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Losses of N held-out clips at L noise levels: with their own cameras and with another clip's."""
+    """Losses of N held-out clips at L noise levels: with their own cameras and, for a model with any, another clip's."""
 
     keys: tuple[str, ...]
     levels: tuple[float, ...]
     own_NL: Tensor
-    shuffled_NL: Tensor
+    shuffled_NL: Tensor | None
 
     def metrics(self) -> dict[str, float]:
         """val/loss, val/loss_t*, val/loss_shuffled_camera and val/camera_gain with a normal 95 % interval.
@@ -32,18 +32,19 @@ class Validation:
         The gain is the shuffled minus the own loss of each clip, averaged over levels; its interval is that
         of a mean of N paired differences.
         """
+        values = {f"val/loss_t{level:g}": float(x) for level, x in zip(self.levels, self.own_NL.mean(0))}
+        values = {"val/loss": float(self.own_NL.mean()), **values, "val/clips": len(self.keys)}
+        if self.shuffled_NL is None:
+            return values
         gain_N = (self.shuffled_NL - self.own_NL).mean(1)
         half = 1.96 * float(gain_N.std()) / math.sqrt(len(gain_N))
-        values = {f"val/loss_t{level:g}": float(x) for level, x in zip(self.levels, self.own_NL.mean(0))}
         gain = float(gain_N.mean())
         return {
-            "val/loss": float(self.own_NL.mean()),
             **values,
             "val/loss_shuffled_camera": float(self.shuffled_NL.mean()),
             "val/camera_gain": gain,
             "val/camera_gain_low": gain - half,
             "val/camera_gain_high": gain + half,
-            "val/clips": len(gain_N),
         }
 
 
@@ -77,7 +78,7 @@ def validate(
         clips = torch.arange(start, end)
         batch = batch.to(device)
         denoiser = teacher_forced(network, batch.latents) if packed else network
-        for cameras, rows in ((batch.cameras, own), (swapped, shuffled)):
+        for cameras, rows in ((batch.cameras, own), (swapped, shuffled))[: 1 + network.takes_cameras]:
             cond = conditioning(text, batch.captions, cameras, batch.shot, stride, chunk)
             losses = []
             for level in levels:
@@ -90,4 +91,4 @@ def validate(
             rows.append(torch.stack(losses, 1).double().cpu())
         start = end
     keys = tuple(k for b in batches for k in b.keys)
-    return Validation(keys, tuple(levels), torch.cat(own), torch.cat(shuffled))
+    return Validation(keys, tuple(levels), torch.cat(own), torch.cat(shuffled) if shuffled else None)

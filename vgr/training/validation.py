@@ -19,7 +19,7 @@ from vgr.types import Cameras, Denoiser, TextEncoder, VideoBatch
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Losses of N held-out clips at L noise levels: with their own cameras and, for a model with any, another clip's."""
+    """Losses of N held-out clips at L noise levels: with their own cameras and, if it has any, another clip's."""
 
     keys: tuple[str, ...]
     levels: tuple[float, ...]

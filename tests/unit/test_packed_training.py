@@ -15,6 +15,7 @@ from vgr.models.text import ByteTextEncoder
 from vgr.training import validation
 from vgr.training.conditioning import conditioning
 from vgr.training.world_model import WorldModelTraining
+from vgr.types import Cameras, TextStates
 
 FORCING = partial(objectives.teacher_forcing, shift=5.0, shared=False)
 CONSISTENCY = partial(consistency, steps=8, shift=5.0)
@@ -75,6 +76,7 @@ def test_validation_of_a_packed_run_has_the_clean_past():
         seen.append((x, t, cond))
         return torch.zeros_like(x), None
 
+    watched.takes_cameras = False
     validation.validate(watched, module.text, [batch], [0.5], seed=1, stride=4, chunk=2, device="cpu", packed=True)
     x, t, cond = seen[0]
     assert torch.equal(x[:, :, :7], batch.latents) and t[0].tolist() == [0.0] * 7 + [0.5] * 7
@@ -120,3 +122,18 @@ def test_consistency_asks_the_guided_teacher_and_the_average_and_trains_the_stud
 def test_settings_that_do_not_fit_are_refused(objective, settings, message):
     with pytest.raises(ValueError, match=message):
         _module(objective, **settings)._sample_losses(_batch())
+
+
+def test_cuts_move_to_chunk_edges():
+    """Chunks of 3, 2, 2: the shot of most frames, of equals the earlier; without chunks frames keep theirs."""
+    shot = torch.tensor([[0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 2, 2, 2]])
+    cameras = Cameras(torch.eye(4).expand(2, 25, 4, 4), torch.full((2, 25, 4), 0.5))
+
+    def text(captions):
+        return TextStates(torch.zeros(len(captions), 3, 1, 4), torch.ones(len(captions), 3, 1, dtype=torch.bool))
+
+    captions = (("a", "b", "c"),) * 2
+    snapped = conditioning(text, captions, cameras, shot, 4, 2).layout
+    assert snapped.chunk.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert snapped.shot.tolist() == [[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 2, 2]]
+    assert conditioning(text, captions, cameras, shot, 4, None).layout.shot.equal(shot)

@@ -370,12 +370,7 @@ class CausalVideo(nn.Module):
         source says, for example window=3, routed=5.
         ValueError or FileNotFoundError name what is missing, unknown, of another shape, damaged or not finite.
         """
-        names = causal_video_weights
-        path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
-        config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
-        model = weights.build(cls, {**config, **settings}, meta=not partial)
-        weights.assign(model, tensors, path, partial, dtype)
-        return model
+        return weights.load(cls, causal_video_weights, source, revision, partial, dtype, settings)
 
 
 def _cut(kv: KeyValues, a: int, b: int, detach: bool) -> KeyValues:

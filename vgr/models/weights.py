@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -216,3 +217,20 @@ def assign(
     fit = {k: v.to(dtype, copy=True) for k, v in tensors.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fit, strict=False, assign=True)
     logger.info("%s: %d of the model's %d tensors loaded", source, len(fit), len(own))
+
+
+def load(
+    model_class: type[Model],
+    names: ModuleType,
+    source: str | Path,
+    revision: str | None,
+    partial: bool,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+) -> Model:
+    """`from_pretrained` of a model whose translations (PATTERNS, HOW_TO_GET, ADAPTERS, INSIDE) stand in `names`."""
+    path = fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
+    config, tensors = load_folder(path, names.ADAPTERS, names.INSIDE)
+    model = build(model_class, {**config, **settings}, meta=not partial)
+    assign(model, tensors, path, partial, dtype)
+    return model

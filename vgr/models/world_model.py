@@ -346,9 +346,4 @@ class WorldModel(nn.Module):
         source says, for example softmax_bf16=False; the released ones stand in `world_model_weights.RELEASED`.
         ValueError or FileNotFoundError name what is missing, unknown, of another shape, damaged or not finite.
         """
-        names = world_model_weights
-        path = weights.fetch(source, revision, names.PATTERNS, names.HOW_TO_GET)
-        config, tensors = weights.load_folder(path, names.ADAPTERS, names.INSIDE)
-        model = weights.build(cls, {**config, **settings}, meta=not partial)
-        weights.assign(model, tensors, path, partial, dtype)
-        return model
+        return weights.load(cls, world_model_weights, source, revision, partial, dtype, settings)

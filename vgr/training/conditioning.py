@@ -22,11 +22,18 @@ Captions = tuple[tuple[str, ...], ...]
 def conditioning(
     text: TextEncoder, captions: Captions, cameras: Cameras, shot_BT: Tensor, stride: int, chunk: int | None
 ) -> Conditioning:
-    """For a denoiser; poses stay fp32 under autocast. stride: raw frames of a latent frame; chunk: latent frames."""
+    """For a denoiser; poses stay fp32 under autocast. stride: raw frames of a latent frame; chunk: latent frames.
+
+    Cuts are moved to chunk edges: a chunk shows the shot of most of its frames, of equals the earlier (causal video,
+    spec 3.1). Without chunks every frame keeps its shot.
+    """
     batch, frames = shot_BT.shape
     with torch.autocast(shot_BT.device.type, enabled=False):
         grouped = group_by_latent(cameras, stride)
     layout = Layout.chunked(batch, frames, chunk or frames, shot_BT.device)
+    if chunk is not None and bool((shot_BT != shot_BT[:, :1]).any()):
+        parts = [shot_BT[:, layout.chunk == c] for c in layout.chunk.unique()]
+        shot_BT = torch.cat([part.mode(dim=1, keepdim=True).values.expand_as(part) for part in parts], dim=1)
     return Conditioning(dataclasses.replace(layout, shot=shot_BT), text(captions), grouped)
 
 

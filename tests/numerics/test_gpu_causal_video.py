@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.test_causal_video import FRAMES, HEIGHT, POLICIES, WIDTH, cached, close, random_model, story
+from tests.unit.test_causal_video import POLICIES, cached, close, make_clips, random_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -11,19 +11,11 @@ pytestmark = [
 ]
 
 
-def _clips():
-    torch.manual_seed(1)
-    x, noisy = torch.randn(2, 2, 4, FRAMES, HEIGHT, WIDTH)
-    cond = story()
-    t = torch.rand(2, int(cond.layout.chunk.max()) + 1)[:, cond.layout.chunk]
-    return x, noisy, t, cond
-
-
 @pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
 def test_fp32_forms_equal_the_cpu(name):
     torch.set_float32_matmul_precision("highest")
-    x, noisy, t, cond = _clips()
+    x, noisy, t, cond = make_clips()
     model = random_model(**POLICIES[name])
     expected, _ = model(torch.cat([x, noisy], 2), torch.cat([0 * t, t], 1), cond.packed())
     model.cuda()
@@ -36,7 +28,7 @@ def test_fp32_forms_equal_the_cpu(name):
 
 @torch.no_grad()
 def test_pinned_history_gives_the_same_and_leaves_the_device():
-    x, noisy, t, cond = (y.to("cuda") for y in _clips())
+    x, noisy, t, cond = (y.to("cuda") for y in make_clips())
     here, there = (random_model(window=1, routed=2, place=place).cuda() for place in ("device", "pinned"))
     expected, _, _ = cached(here, x, noisy, t, cond)
     actual, _, state = cached(there, x, noisy, t, cond)
@@ -47,7 +39,7 @@ def test_pinned_history_gives_the_same_and_leaves_the_device():
 
 @torch.no_grad()
 def test_bf16_weights_stay_close():
-    x, noisy, t, cond = (y.to("cuda") for y in _clips())
+    x, noisy, t, cond = (y.to("cuda") for y in make_clips())
     model = random_model(window=1, routed=2).cuda()
     expected, _, _ = cached(model, x, noisy, t, cond)
     actual, _, _ = cached(model.bfloat16(), x, noisy, t, cond)

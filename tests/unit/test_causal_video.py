@@ -64,6 +64,10 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.fixture
 def clips():
+    return make_clips()
+
+
+def make_clips():
     torch.manual_seed(1)
     x, noise = torch.randn(2, 2, 4, FRAMES, HEIGHT, WIDTH)
     cond = story()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgr.models import causal_video_weights, weights
-from vgr.nn.causal_attention import Call, CausalAttention, Gathered, PaddedCrossAttention, Query, relative_table
+from vgr.nn.causal_attention import Call, CausalAttention, Gathered, PaddedCrossAttention, Query
 from vgr.nn.embed import patches, pixels, sinusoid
 from vgr.nn.memory import Frame, KeyValues, MemoryPolicy
 from vgr.nn.norm import modulated_norm
@@ -191,7 +191,7 @@ class CausalVideo(nn.Module):
         grid = x.shape[3] // PATCH, x.shape[4] // PATCH
         frames = self._check(x, t, cond, state, commit)
         own = None if shard is None else self._cells(grid[0] * grid[1], shard)
-        call = self._call(frames, cond.layout, grid, state, x.device)
+        call = self._call(frames, cond.layout, grid, state, commit, x.device)
         cells = patches(x.float(), PATCH)
         tokens = self.patch_embed(cells if own is None else cells[:, :, own]).float()
         t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
@@ -283,6 +283,7 @@ class CausalVideo(nn.Module):
         layout: Layout,
         grid: tuple[int, int],
         state: CausalVideoState | None,
+        commit: bool,
         device: torch.device,
     ) -> Call:
         """What each chunk of the call reads. Clean frames come from the memory and the call's context or own frames."""
@@ -302,8 +303,9 @@ class CausalVideo(nn.Module):
         else:
             sizes = [max(map(len, q.always)) + q.spans[0][1] - q.spans[0][0] for q in queries]
             routed = [0 if q.choices is None else self.policy.routed for q in queries]
-            table = relative_table(max(map(sum, zip(sizes, routed))), grid, self.head_dim, device)
-        again = state is None or state.choices is None or self._rechoose
+            positions = torch.arange(max(map(sum, zip(sizes, routed))), device=device)
+            table = rope_table(positions, *grid, self.head_dim)
+        again = state is None or state.choices is None or (self._rechoose and not commit)
         return Call(queries, (inside[0], inside[-1] + 1), table, {} if again else dict(state.choices))
 
     def _query(

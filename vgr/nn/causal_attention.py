@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vgr.nn.memory import KeyValues, MemoryPolicy, route, take
 from vgr.nn.norm import RMSNorm
-from vgr.nn.rope import rope_table, rotate
+from vgr.nn.rope import rotate
 from vgr.types import Shard
 
 
@@ -78,7 +78,8 @@ class CausalAttention(nn.Module):
         past: this layer's of the memory; gathered: what an earlier call for the same only chunk has read. shard: x
         holds this rank's cells of every frame; memory and what is gathered hold all cells of this rank's heads.
         """
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in self._projected(x))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q_norm(q), self.k_norm(k), v))
         if shard is not None:
             together = torch.stack([q.to(v.dtype), k.to(v.dtype), v], dim=3)
             q, k, v = cells_to_heads(together, call.table.shape[1], shard).unbind(3)
@@ -100,10 +101,6 @@ class CausalAttention(nn.Module):
         out = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])], dim=1)
         out = out if shard is None else heads_to_cells(out, shard)
         return self.proj(out.flatten(3)), own, gathered
-
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.q_norm(q), self.k_norm(k), v
 
     @staticmethod
     def _turn(x: Tensor, table: Tensor) -> Tensor:
@@ -208,8 +205,3 @@ class PaddedCrossAttention(nn.Module):
             parts.append(F.scaled_dot_product_attention(asked, keys, values, attn_mask=bias))
         out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return self.proj(out.transpose(1, 2).reshape(x.shape))
-
-
-def relative_table(span: int, grid: tuple[int, int], head_dim: int, device: torch.device | str) -> Tensor:
-    """Rotations of positions 0 to span - 1."""
-    return rope_table(torch.arange(span, device=device), *grid, head_dim)

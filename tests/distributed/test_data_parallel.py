@@ -50,5 +50,6 @@ def test_two_ranks_equal_one(tmp_path, device, preset):
         alike = {k: a[k] for k in a if not k.endswith("_ratio")}  # of a micro-batch's spread, which depends on its size
         assert a.keys() == b.keys() and alike == pytest.approx({k: b[k] for k in alike}, rel=1e-3, abs=1e-4)
     single, double = (checkpoints.read_weights(checkpoints.latest(r / "checkpoints")) for r in (one, two))
-    # A tenth of one step (lr 3e-3): Adam turns the rounding of a gradient near zero into a part of a step.
-    assert all(torch.allclose(single[k], double[k], atol=3e-4) for k in single)
+    # Self-forcing's many backward passes: Adam turns the rounding of a gradient near zero into a part of a step (3e-3).
+    bound = {"mini": 1e-4, "forcing": 3e-4}[preset]
+    assert all(torch.allclose(single[k], double[k], atol=bound) for k in single)

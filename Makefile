@@ -20,7 +20,7 @@ chain: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
 	$(BIN)/vgr-train experiments=world_model/tiny
 	$(BIN)/vgr-train experiments=world_model/chunk_causal size=tiny
-	$(BIN)/vgr-prepare source=ode_tiny
+	$(BIN)/vgr-prepare data=ode_tiny
 	$(BIN)/vgr-train experiments=world_model/ode size=tiny
 	$(BIN)/vgr-train experiments=world_model/self_forcing size=tiny
 	for run in tiny $(STAGES:%=%_tiny); do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke || exit; done
@@ -32,7 +32,7 @@ stories: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=story_tiny
 	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny
 	$(BIN)/python -m benchmarks.memory $(TOLD) --out runs/stories/memory.json
-	$(BIN)/vgr-prepare source=ode out=datasets/causal_ode_story_tiny train_clips=400 source.teacher=$(TOLD) \
+	$(BIN)/vgr-prepare data=ode out=datasets/causal_ode_story_tiny train_clips=400 source.teacher=$(TOLD) \
 	  source.clips=datasets/story_tiny/train source.times=[1.0,0.947,0.857,0.667,0.0] source.steps=24 source.shift=6.0 \
 	  source.guidance=1.0 source.batch=16 source.frames=null source.chunk=3 source.image=false
 	$(BIN)/vgr-train experiments=causal_video/ode size=story_tiny

@@ -17,7 +17,9 @@ FRAMES, CHANNELS, GRID = 17, 16, (4, 4)
 PRESET = """# @package _global_
 # Question: does it run?
 defaults:
-  - override /data: small
+  - override /codec: cosine_tiny
+shards: shards
+data: {micro_batch: 4, workers: 0, val_clips: 8}
 model: {in_channels: 16, raw_frames: 4, width: 32, heads: 2, layers: 2, softmax_every: 2, text_width: 16}
 text: {width: 16, length: 16, heads: 2}
 codec: {stride: [4, 8, 8], luma: [4], chroma: [0], latents_mean: null, latents_std: null}
@@ -25,12 +27,6 @@ training: {global_batch: 8, max_samples: 160, warmup_samples: 16, lr: 3.0e-3, em
 every: {log: 8, validate: 80, sample: 0, save: 24}
 trainer: {accelerator: cpu}
 sampling: {steps: 2, shift: 3.0, guidance: 1.5}
-"""
-DATA = """_target_: vgr.data.modules.ShardData
-train: shards/train
-val: shards/val
-micro_batch: 4
-val_clips: 8
 """
 
 
@@ -66,9 +62,9 @@ def make_project(folder: Path, poison=()) -> Path:
     fingerprint = CosineCodec(**CODEC).fingerprint
     write_shards(folder / "shards", "train", 40, fingerprint, poison)
     write_shards(folder / "shards", "val", 8, fingerprint)
-    for name, text in (("experiments/mini.yaml", PRESET), ("data/small.yaml", DATA)):
-        (folder / "own" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "own" / name).write_text(text)
+    preset = folder / "own" / "experiments" / "mini.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text(PRESET)
     return folder
 
 

@@ -18,7 +18,7 @@ from vgr.training import checkpoints
 from vgr.training.conditioning import cached_text, dropped
 
 WORDS = (
-    "source=worlds_tiny", "out=shards", "train_clips=6", "val_clips=2", "source.frames=17", "source.size_hw=[32,32]",
+    "data=worlds_tiny", "out=shards", "train_clips=6", "val_clips=2", "source.frames=17", "source.size_hw=[32,32]",
     "source.cut_share=1.0", "codec.stride=[4,8,8]", "codec.luma=[4]", "codec.chroma=[0]", "codec.latents_mean=null",
     "codec.latents_std=null", "workers=1",
 )  # fmt: skip
@@ -29,11 +29,10 @@ def project(tmp_path_factory, gemma):  # noqa: F811
     folder = tmp_path_factory.mktemp("cached")
     shutil.copytree(gemma, folder / "gemma")
     text = "{folder: gemma, prompt_config: gemma/config.yaml, width: 16, length: 12, dtype: float32}"
-    preset = PRESET.replace("text: {width: 16, length: 16, heads: 2}", f"text: {text}").replace("small", "story_tiny")
+    preset = PRESET.replace("text: {width: 16, length: 16, heads: 2}", f"text: {text}")
     preset = preset.replace("defaults:\n", "defaults:\n  - override /text: gemma2\n")
     (folder / "own/experiments").mkdir(parents=True)
-    data = "data: {train: shards/train, val: shards/val, micro_batch: 4, val_clips: 2}\n"
-    (folder / "own/experiments/cached.yaml").write_text(preset + data)
+    (folder / "own/experiments/cached.yaml").write_text(preset.replace("val_clips: 8", "val_clips: 2"))
     given = [f"text.{k}={v}" for k, v in _text(folder).items() if k != "_target_"]
     code, told = command(folder, *WORDS, "text=gemma2", *given)
     assert code == 0, told

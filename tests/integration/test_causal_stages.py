@@ -19,12 +19,12 @@ text_length: 16
 HEAD = "judge: {_target_: vgr.models.critic.Judge, width: 32, layers: [0, 1], inner: 16, heads: 2}"
 STAGES = {
     "base": ("teacher_forcing", "chunk: 2, warmup_samples: 16, objective: {context_noise: 0.1, shared: false}", ""),
-    "paths": ("ode", "chunk: 2, packed: true, objective: {history: true, image: false}", "data: {train: paths/train}"),
+    "paths": ("ode", "chunk: 2, packed: true, objective: {history: true, image: false}", ""),
     "jump": ("consistency", "chunk: 2, objective: {steps: 8}", "teacher: runs/base/seed1"),
     "student": (
         "self_forcing",
         "chunk: 2, critic_steps: 2, scores: causal, image: false, segment: 1, overlap: 2, adversarial: 0.01, " + HEAD,
-        "teacher: runs/base/seed1\ndata: {micro_batch: 8}",
+        "teacher: runs/base/seed1",
     ),
 }
 
@@ -33,6 +33,10 @@ def _preset(stage: str) -> str:
     kind, training, rest = STAGES[stage]
     text = PRESET.split("model:")[0] + "text:" + PRESET.split("text:")[1]
     text = text.replace("defaults:\n", f"defaults:\n  - override /model: video\n  - override /training: {kind}\n")
+    if stage == "paths":
+        text = text.replace("data: {", "data: {train: paths/train, ")
+    if stage == "student":  # segments do not accumulate
+        text = text.replace("micro_batch: 4", "micro_batch: 8")
     own = f"training: {{{training}, global_batch: 8, max_samples: 48, lr: 3.0e-3, ema_half_life: 40}}"
     lines = [own if line.startswith("training:") else line for line in text.splitlines()]
     start = "" if stage == "base" else "init_from: runs/base/seed1\n"

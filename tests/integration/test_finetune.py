@@ -84,7 +84,7 @@ def test_surgery_takes_weights_too(project):
     [
         (["init_from=forms/nothing"], "init_from=forms/nothing does not exist"),
         (["init_from=own"], "own holds no weights"),
-        (["init_from=own/data/small.yaml"], "small.yaml"),
+        (["init_from=own/experiments/mini.yaml"], "mini.yaml"),
         (["init_from=forms/vgr", "model.width=16"], "do not fit the model"),
         (["lora.rank=4"], "give init_from="),
         ([f"init_from={BASE}", "lora.rank=4", "surgery=[gdn]"], "takes no surgery"),

@@ -95,7 +95,7 @@ def command(folder, *words, limit=resource.RLIM_INFINITY):
 
 
 def test_command_prepares_and_then_has_nothing_to_do(tmp_path):
-    words = ("source=worlds_tiny", "train_clips=4", "val_clips=4", "source.frames=9", "workers=1")
+    words = ("data=worlds_tiny", "train_clips=4", "val_clips=4", "source.frames=9", "workers=1")
     code, out = command(tmp_path, *words)
     assert code == 0, out
     assert [len(Shards(tmp_path / "datasets/worlds_tiny" / split)) for split in ("train", "val")] == [4, 4]
@@ -106,7 +106,7 @@ def test_command_prepares_and_then_has_nothing_to_do(tmp_path):
 @pytest.mark.parametrize(("words", "told"), [
     (("data=nowhere",), "data=nowhere"),
     (("source.skipp=2",), "source.skipp"),
-    (("source=worlds_tiny", "source.frames=10"), "frames"),
+    (("data=worlds_tiny", "source.frames=10"), "frames"),
     (("source.size_hw=[64,64]",), "size_hw"),
 ])
 def test_mistakes_end_in_one_line_and_code_2(tmp_path, words, told):
@@ -116,7 +116,7 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path, words, told):
 
 
 def test_a_full_disk_is_one_line_code_2_and_nothing_half_written(tmp_path):
-    words = ("source=worlds_tiny", "train_clips=4", "val_clips=4", "source.frames=9", "workers=1")
+    words = ("data=worlds_tiny", "train_clips=4", "val_clips=4", "source.frames=9", "workers=1")
     code, out = command(tmp_path, *words, limit=9000)
     errors = [line for line in out.splitlines() if not line.startswith("val clips: ")]
     assert code == 2 and len(errors) == 1 and errors[0].startswith("vgr-prepare: error: File too large")

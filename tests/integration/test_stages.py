@@ -13,7 +13,7 @@ from vgr.training import checkpoints
 TIMES = [1.0, 0.75, 0.0]
 STAGES = {
     "causal": "training: {chunk: 2}\ninit_from: runs/mini/seed1\nsampling: {method: chunk_flow, steps: 2}\n",
-    "ode": "training: {chunk: 2}\ninit_from: runs/causal/seed1\ndata: {train: paths}\n"
+    "ode": "training: {chunk: 2}\ninit_from: runs/causal/seed1\n"
     "sampling: {method: stream, sigmas: [1.0, 0.75, 0.0]}\n",
     "forcing": "training: {critic_steps: 2, chunk: 2, adversarial: 0.01, judge: {_target_: vgr.models.critic.Judge, "
     "width: 32, layers: [0, 1], inner: 16, heads: 2}}\ninit_from: runs/ode/seed1\nteacher: runs/mini/seed1\n"
@@ -31,8 +31,8 @@ def _preset(stage: str) -> str:
     if "training:" in body:  # one section a file
         own = body.split("training: {")[1].split("}\n")[0]
         text, body = text.replace("training: {", f"training: {{{own}, "), body.replace(f"training: {{{own}}}\n", "")
-    if "data:" in body:
-        body = body.replace("data: {train: paths}", "data: {train: paths/train, val: shards/val}")
+    if kind == "ode":
+        text = text.replace("data: {", "data: {train: paths/train, ")
     return text + "student_times: [1.0, 0.75, 0.0]\n" + body
 
 

@@ -24,7 +24,7 @@ SMALL = (
     "model.width=24", "model.heads=2", "model.layers=2", "model.ffn_width=32", "model.in_channels=3",
     "codec.stride=[2,8,8]", "codec.luma=[1]", "codec.chroma=[1]", "codec.latents_mean=null", "codec.latents_std=null",
     "text.width=16", "text.length=16", "text.heads=2", "model.text_width=16", "model.text_length=16",
-    "stories=shards", "data.micro_batch=2", "training.global_batch=2",
+    "shards=shards", "data.micro_batch=2", "training.global_batch=2",
     "every.log=2", "every.validate=100", "every.save=4", "data.val_clips=2", "trainer.accelerator=cpu",
 )  # fmt: skip
 STORY = """
@@ -83,7 +83,7 @@ def chain(tmp_path_factory):
     runs = {"multi_shot": stage(folder, "multi_shot", "training.max_samples=8", "training.warmup_samples=2")}
     times = "[1.0,0.947,0.857,0.667,0.0]"
     code, told, err = run(
-        prepare.main, folder, "source=ode", "out=paths", "train_clips=6", "source.clips=shards/train",
+        prepare.main, folder, "data=ode", "out=paths", "train_clips=6", "source.clips=shards/train",
         f"source.teacher={runs['multi_shot'].relative_to(folder)}", f"source.times={times}", "source.steps=4",
         "source.shift=6.0", "source.guidance=2.0", "source.batch=3", "source.frames=null", "source.chunk=3",
         "source.image=false",

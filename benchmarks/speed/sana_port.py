@@ -70,11 +70,11 @@ def make_port(
     return port.eval()
 
 
-def from_port(port: nn.Module) -> WorldModel:
+def from_port(port: nn.Module, **settings: int) -> WorldModel:
     """Our model with the port's weights, through a saved folder; softmax in fp32."""
     with tempfile.TemporaryDirectory() as folder:
         port.save_pretrained(folder)
-        model = WorldModel.from_pretrained(folder)
+        model = WorldModel.from_pretrained(folder, **settings)
     for block in model.blocks:
         block.attn.softmax_bf16 = False
     return model.eval()

@@ -43,7 +43,7 @@ def story(batch=2, frames=FRAMES, shots=((3, 4), (2, 6))):
     return Conditioning(dataclasses.replace(layout, shot=shot), TextStates(texts, mask.expand(batch, 3, 7)))
 
 
-def cached(model, x, noisy, t, cond, state=None, steps=1):
+def cached(model, x, noisy, t, cond, state=None, steps=1, past_t=None):
     """Denoise and commit chunk by chunk: velocities of both passes."""
     state = model.new_state() if state is None else state
     denoised, committed = [], []
@@ -53,7 +53,8 @@ def cached(model, x, noisy, t, cond, state=None, steps=1):
         for _ in range(steps):
             v, state = model(noisy[:, :, a : b + 1], t[:, a : b + 1], part, state)
         denoised.append(v)
-        v, state = model(x[:, :, a : b + 1], torch.zeros_like(t[:, a : b + 1]), part, state, commit=True)
+        still = torch.zeros_like(t) if past_t is None else past_t
+        v, state = model(x[:, :, a : b + 1], still[:, a : b + 1], part, state, commit=True)
         committed.append(v)
     return torch.cat(denoised, 2), torch.cat(committed, 2), state
 
@@ -86,6 +87,26 @@ def test_packed_chunk_equals_cached_chunk(clips, name):
     close(packed[:, :, FRAMES:], denoised)
     close(packed[:, :, :FRAMES], committed)
     close(twice, denoised)  # what a chunk has gathered serves its later steps
+
+
+@pytest.mark.parametrize("name", ["full", "routed"])
+def test_a_noisy_past_and_marked_cuts_too(clips, name):
+    """The context has noise that the model is told (3.4), and a shot's first chunk reads a text of its own (8.2)."""
+    x, noisy, t, cond = clips
+    model, past_t = random_model(**POLICIES[name]), 0.1 * torch.rand(2, 1).expand(2, FRAMES)
+    context = x + past_t[:, None, :, None, None] * torch.randn_like(x)
+    first = F.pad(cond.layout.shot.diff() != 0, (1, 0)).long()
+    first = sum(first.roll(i, 1) for i in range(CHUNK))
+    texts = TextStates(torch.cat([cond.text.states, cond.text.states + 1], 1), torch.cat([cond.text.mask] * 2, 1))
+    marked = dataclasses.replace(cond, text=texts, prompt=cond.layout.shot + 3 * first)
+    with torch.no_grad():
+        packed, _ = model(torch.cat([context, noisy], 2), torch.cat([past_t, t], 1), marked.packed())
+        denoised, committed, _ = cached(model, context, noisy, t, marked, past_t=past_t)
+        plain, *_ = cached(model, context, noisy, t, cond, past_t=past_t)
+        clean, *_ = cached(model, context, noisy, t, marked)
+    close(packed[:, :, FRAMES:], denoised)
+    close(packed[:, :, :FRAMES], committed)
+    assert (plain - denoised).abs().max() > 1e-3 and (clean - denoised).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", [n for n in POLICIES if "routed" not in n])

@@ -280,17 +280,17 @@ class CausalVideo(nn.Module):
                 f"got {tuple(x.shape)} and {tuple(t.shape)}"
             )
         layout = cond.layout
-        numbers = torch.cat([torch.stack([layout.position, layout.chunk, layout.role]), layout.shot]).tolist()
-        position, chunk, role, *shots = numbers
+        prompt = layout.shot if cond.prompt is None else cond.prompt
+        numbers = torch.cat([torch.stack([layout.position, layout.chunk, layout.role]), layout.shot, prompt]).tolist()
+        (position, chunk, role), shots, prompts = numbers[:3], numbers[3 : 3 + len(prompt)], numbers[-len(prompt) :]
         if len(position) != x.shape[2]:
             raise ValueError(f"cond.layout must hold the {x.shape[2]} latent frames of x, got {len(position)}")
-        frames = [(Frame(p, c, s), r) for p, c, r, *s in zip(position, chunk, role, *shots)]
-        frames = [(dataclasses.replace(f, shot=tuple(f.shot)), r) for f, r in frames]
+        frames = [(Frame(*f), r) for r, *f in zip(role, position, chunk, zip(*shots), zip(*prompts))]
         most = cond.text.mask.shape[1]
-        if 1 < most <= max(map(max, shots)):  # one text serves every shot
+        if 1 < most <= max(map(max, prompts)):  # one text serves every shot
             raise ValueError(
-                f"cond.layout names shot {max(map(max, shots))} (from 0), but cond.text has {most}: give one text for "
-                "all shots, or one a shot"
+                f"cond.layout names shot {max(map(max, prompts))} (from 0), but cond.text has {most}: give one text "
+                "for all shots, or one a shot"
             )
         if cond.text.states.shape[2] > self.text_length:
             raise ValueError(f"texts have {self.text_length} places, got {cond.text.states.shape[2]}: cut them")
@@ -388,11 +388,11 @@ class CausalVideo(nn.Module):
 
 
 def _runs(frames: list[tuple[Frame, int]]) -> list[tuple[int, int, list[int]]]:
-    """Stretches of frames that show the same shot in every sample."""
+    """Stretches of frames that read the same text in every sample."""
     runs: list[tuple[int, int, list[int]]] = []
     for i, (frame, _) in enumerate(frames):
-        if runs and runs[-1][2] == list(frame.shot):
+        if runs and runs[-1][2] == list(frame.prompt):
             runs[-1] = (runs[-1][0], i + 1, runs[-1][2])
         else:
-            runs.append((i, i + 1, list(frame.shot)))
+            runs.append((i, i + 1, list(frame.prompt)))
     return runs

@@ -101,11 +101,12 @@ class MemoryPolicy:
 
 @dataclass(frozen=True)
 class Frame:
-    """A latent frame as the policy sees it: position in the video, chunk, and the shot it shows in each sample."""
+    """A latent frame: position in the video, chunk, and in each sample the shot it shows and the text it reads."""
 
     position: int
     chunk: int
     shot: tuple[int, ...]
+    prompt: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ class Generator:
             )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        told = budget.with_memory(record, memory), sampling, seconds, device
-        plan = None if seconds is None or not math.isfinite(seconds) else budget.of_video(*told)
+        known = seconds is not None and math.isfinite(seconds)
+        plan = budget.of_video(budget.with_memory(record, memory), sampling, seconds, device) if known else None
         parts, digest = rebuild(folder, memory), checkpoints.weights_hash(folder, "ema")
         data = checkpoints.read_state(folder)["config"]["data"]
         name = "/".join(p for p in folder.parts[-4:] if p != "checkpoints")
@@ -98,10 +98,7 @@ class Generator:
         return torch.tensor(own, dtype=torch.float64) if own else sigma_grid(steps, shift)
 
     def session(self, seed: int, first_frame: np.ndarray | None = None, story: str = "") -> Session:
-        """A video to be directed shot by shot; first_frame (H,W,3) uint8; story: the caption of the whole.
-
-        ValueError for a model that cannot stream.
-        """
+        """A video to be directed shot by shot; first_frame (H,W,3) uint8; story: `Session`'s. Or ValueError."""
         import torch
 
         from vgr.diffusion.guidance import guided

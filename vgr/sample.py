@@ -47,9 +47,8 @@ def body(cfg: DictConfig) -> None:
         story.sample(cfg)
         return
     file = None if cfg.cameras is None else read_pose_file(cfg)
-    seconds = None if cfg.path is None else cfg.seconds
-    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory, seconds)
-    generator = Generator.load(*args)
+    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory)
+    generator = Generator.load(*args, seconds=None if cfg.path is None else cfg.seconds)
     drop = 0 if cfg.refiner is None else 1  # a refiner leaves the first frame as it was
     if drop:
         from vgr.training.refining import Refinement

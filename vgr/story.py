@@ -37,10 +37,7 @@ class Shot:
 
 
 def read_story(path: Path) -> tuple[list[Shot], str | None, str]:
-    """Shots, the path of a first frame, the story's caption.
-
-    FileNotFoundError or ValueError name the shot, the key and what is taken.
-    """
+    """Shots, path of a first frame, caption of the whole. FileNotFoundError or ValueError name shot and key."""
     import yaml
 
     if not path.is_file():
@@ -52,9 +49,7 @@ def read_story(path: Path) -> tuple[list[Shot], str | None, str]:
     table = told if isinstance(told, dict) else {"shots": told}
     rows, unknown = table.get("shots"), sorted(table.keys() - {"shots", "first_frame", "story"})
     if unknown or not isinstance(rows, list) or not rows:
-        raise ValueError(
-            f"shots={path} must be a list of shots, or a table with shots, first_frame and story; got {unknown}"
-        )
+        raise ValueError(f"shots={path} must be a list of shots, or a table: shots, first_frame, story; got {unknown}")
     told = table.get("story", "")
     if not isinstance(told, str) or ("story" in table and not told.strip()):
         raise ValueError(f"shots={path}: story={told!r} must be the caption of the whole; say it or leave it out")
@@ -81,9 +76,8 @@ def sample(cfg: DictConfig) -> None:
     from vgr.generator import Generator
 
     shots, image, told = read_story(Path(cfg.shots))
-    seconds = sum(shot.seconds for shot in shots)
-    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory, seconds)
-    generator = Generator.load(*args)
+    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory)
+    generator = Generator.load(*args, seconds=sum(shot.seconds for shot in shots))
     image = cfg.first_frame or image
     first = None if image is None else read_first_frame(Path(image), generator.size_hw)
     check(shots, generator, Path(cfg.shots))
@@ -122,7 +116,7 @@ def check(shots: list[Shot], generator: Generator, path: Path) -> None:
 
 def direct(
     generator: Generator, shots: list[Shot], seed: int, first: np.ndarray | None, add: Callable[[np.ndarray], None],
-    told: str = "",
+    told: str,
 ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
     """Every shot is said when the one before has been made, as a director would: frames (F,H,W,3) and a record.
 

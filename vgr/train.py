@@ -133,9 +133,9 @@ def build(
         raise ValueError(
             f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
         )
-    marked, sampled = cfg.training.get("cut_prefix", cfg.sampling.cut_prefix), cfg.sampling.cut_prefix
-    if (marked or "") != (sampled or ""):
-        told = f"training.cut_prefix={marked!r}, but sampling.cut_prefix={sampled!r}"
+    sampled = cfg.sampling.cut_prefix
+    if ((marked := cfg.training.get("cut_prefix", sampled)) or "") != (sampled or ""):
+        told = f"training.cut_prefix={marked!r}, sampling.cut_prefix={sampled!r}"
         raise ValueError(f"{told}: cuts are sampled as they are trained; set sampling.cut_prefix alone")
     extra, objective = data.train_shards.manifest["extra"], cfg.training.get("objective", {})
     made_for, asked = ((x.get("times"), bool(x.get("history"))) for x in (extra, objective))

@@ -126,8 +126,8 @@ class ShardData(pl.LightningDataModule):
 
     train, val: folders; codec_fingerprint: that of the codec the model works with; frames: raw frames kept
     of each clip, from its first on (None: all); workers: loader processes; max_damaged: share of damaged
-    samples that are replaced before it is an error; val_clips: fixed validation clips, evenly over the set; story:
-    see `collate`.
+    samples that are replaced before it is an error; val_clips: fixed validation clips, evenly over the set; story: of
+    `collate`.
     Before fit, `start_batch` and `total_batches` say which global batches remain.
     """
 
@@ -148,10 +148,8 @@ class ShardData(pl.LightningDataModule):
         if self.order.global_batch % (self.micro_batch * world):
             raise ValueError(f"global_batch={self.order.global_batch} is not a multiple of "
                              f"data.micro_batch={self.micro_batch} x {world} ranks")
-        batches = MicroBatches(
-            self.train_shards, self.order, self.micro_batch, self.frames, self.max_damaged, rank, world,
-            self.story,
-        )  # fmt: skip
+        args = (self.train_shards, self.order, self.micro_batch, self.frames, self.max_damaged, rank, world, self.story)
+        batches = MicroBatches(*args)
         batches.start, batches.stop = self.start_batch, self.total_batches
         return batches
 

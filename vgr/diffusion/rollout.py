@@ -144,8 +144,8 @@ class Session:
             )
         self.denoiser, self.codec, self.text = denoiser, codec, text
         self.sigmas, self.chunk, self.fps, self.renoise = sigmas, chunk, fps, renoise
-        self.story = story
-        self.group_cameras, self.cut_prefix, self.device = group_cameras, cut_prefix, torch.device(device)
+        self.group_cameras, self.cut_prefix, self.story = group_cameras, cut_prefix, story
+        self.device = torch.device(device)
         shape_CHW = (codec.channels, size_hw[0] // height, size_hw[1] // width)
         self._noise = frame_noise([seed], shape_CHW, device)
         self._state = denoiser.new_state()

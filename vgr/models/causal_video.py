@@ -137,29 +137,27 @@ class CausalVideo(nn.Module):
         for one reading at the end of the video. A chunk reads once, under full history or per_step in every call.
         ValueError for ranks that the heads do not divide among.
         """
-        self._cells(grid[0] * grid[1], ranks)
+        cells = self._cells(grid[0] * grid[1], ranks)
         policy, layers, width = self.policy, len(self.blocks), self.heads * self.head_dim / ranks
-        cells = grid[0] * grid[1]
         layer = 2 * cells * width * bytes_per_number / 1e9
-        near = frames if policy.window is None else min(frames, policy.window * chunk + (policy.window > 0))
+        full = policy.window is None
+        near = frames if full else min(frames, policy.window * chunk + (policy.window > 0))
         sinks = sum(1 + -(-n // chunk) * chunk for n in (policy.sink, policy.shot_sink) if n)  # whole chunks are kept
         reach = min(frames, near + sinks + policy.routed + chunk)
-        kept = frames if policy.window is None or policy.routed else min(frames, near + sinks)
-        away = kept - (0 if policy.window is None else near)  # frames at the policy's place
+        kept, inside = frames if full or policy.routed else min(frames, near + sinks), 0 if full else near
         plan = {"read": reach * layer * layers, "history": kept * layer * layers, "host": 0.0}
         plan["means"] = frames * width * 4 * layers / 1e9 if policy.routed else 0.0
         if policy.place == "pinned":
-            plan["host"] = away * layer * layers
-        if policy.place == "recomputed" and away:
-            away = frames - near if policy.window is not None and policy.shot_sink else away
-            plan["means"] *= (frames - away) / frames
-            latents = away * cells * PATCH**2 * self.in_channels * 4 / 1e9
-            plan["history"] = latents + (0 if policy.window is None else near) * layer * layers
-            plan["read"] /= layers if self.policy.makes_all_again else 1
-            plan["again"] = away * (layer + cells * width * 4 / 1e9)
+            plan["host"] = (kept - inside) * layer * layers
+        if policy.place == "recomputed" and kept > inside:
+            away = (frames if policy.shot_sink else kept) - inside
+            plan["means"] *= inside / frames
+            plan["history"] = inside * layer * layers + away * cells * PATCH**2 * self.in_channels * 4e-9
+            plan["read"] /= layers if full else 1
+            plan["again"] = away * (layer + cells * width * 4e-9)
             weights = sum(p.numel() for name, p in self.blocks.named_parameters() if ".cross.kv." not in name) / ranks
-            tokens = chunk * cells
-            flop = 2 * weights * tokens + 4 * tokens * reach * cells * width * layers
+            attended = cells * (frames / 2 if full else reach)
+            flop = 2 * chunk * cells * (weights + 2 * attended * width * layers)
             plan |= {"again_chunks": away / chunk, "again_pflop": away / chunk * flop / 1e15}
         return plan
 

@@ -198,9 +198,8 @@ def _away(block: ChunkMemory, policy: MemoryPolicy) -> ChunkMemory:
     """A block that has left the window, at the policy's place."""
     if block.made is not None:
         return replace(block, layers=())
-    if policy.place != "pinned" or block.layers[0].k.device.type == "cpu":
-        return block
-    return replace(block, layers=tuple(kv.at("cpu") for kv in block.layers))
+    there = policy.place != "pinned" or block.layers[0].k.device.type == "cpu"
+    return block if there else replace(block, layers=tuple(kv.at("cpu") for kv in block.layers))
 
 
 def _cut(kv: KeyValues, a: int, b: int, detach: bool) -> KeyValues:

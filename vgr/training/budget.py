@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,10 @@ def with_memory(record: dict[str, Any], memory: Mapping[str, Any] | None) -> dic
     if not memory:
         return record
     known = MemoryPolicy.__dataclass_fields__
-    if record["model"]["class"] != "CausalVideo" or memory.keys() - known.keys():
-        raise ValueError(
-            f"memory={dict(memory)}: a causal video model takes {', '.join(known)}, and this is a "
-            f"{record['model']['class']}"
-        )
-    model = {**record["model"], "config": {**record["model"]["config"], **memory}}
-    return {**record, "model": model}
+    kind, config = record["model"]["class"], record["model"]["config"]
+    if kind != "CausalVideo" or memory.keys() - known.keys():
+        raise ValueError(f"memory={dict(memory)}: this is a {kind}, and a CausalVideo takes {', '.join(known)}")
+    return {**record, "model": {"class": kind, "config": {**config, **memory}}}
 
 
 def parameters(config: Mapping[str, Any]) -> int:
@@ -51,13 +49,11 @@ def fit(
     plan = {k: v if k.startswith("again_") else v * copies for k, v in plan.items()}
     memory = plan["read"] + plan["history"] - plan["host"] + plan["means"] + plan.get("again", 0.0)
     told = f"weights {weights:.3g} GB, memory of {frames} latent frames {memory:.3g} GB on {device} (a chunk reads "
-    told += f"{plan['read']:.3g}, kept {plan['history'] - plan['host']:.3g})"
-    told += f", {plan['host']:.3g} GB in host memory" if plan["host"] else ""
+    told += f"{plan['read']:.3g}, kept {plan['history'] - plan['host']:.3g}), {plan['host']:.3g} GB in host memory"
     if "again" in plan:
         told += f", {plan['again_chunks']:.0f} commits made again to read at the end, {plan['again_pflop']:.3g} PFLOP"
-    wanted = {device: weights + memory}
-    if plan["host"]:
-        wanted["cpu"] = wanted.get("cpu", 0.0) + plan["host"]
+    wanted = {"cpu": plan["host"]}
+    wanted[device] = wanted.get(device, 0.0) + weights + memory
     for place, need in wanted.items():
         if need > (there := available(place)):
             raise ValueError(
@@ -71,9 +67,9 @@ def available(device: str) -> float:
     """GB of a GPU, or of host memory that can still be had."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / 1e9
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return free[0] / 1e9 if free else float("inf")
+    told = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").is_file() else ""
+    free = re.search(r"MemAvailable: *(\d+) kB", told)
+    return int(free[1]) * 1024e-9 if free else float("inf")
 
 
 def of_video(record: dict[str, Any], sampling: Mapping[str, Any], seconds: float, device: str) -> str | None:
@@ -98,8 +94,7 @@ def of_training(cfg: DictConfig, settings: Mapping[str, Any]) -> str | None:
     targets = cfg.model._target_, cfg.training._target_
     if not (targets[0].endswith(".CausalVideo") and targets[1].endswith(".SelfForcing")):
         return None
-    config = OmegaConf.to_container(cfg.model, resolve=True)
-    del config["_target_"]
+    config = {k: v for k, v in OmegaConf.to_container(cfg.model, resolve=True).items() if k != "_target_"}
     sample = Shards(cfg.data.val).read(0)
     frames, *grid = sample.latents.shape[1:]
     if cfg.data.get("frames") is not None:

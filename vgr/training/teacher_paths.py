@@ -69,8 +69,8 @@ class TeacherPaths:
                 samples = [self.shards.read(i % len(self.shards)) for i in numbers]
                 batch = collate(samples, numbers, self.frames, self.story).to(device)
                 with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                    args = (batch.captions, batch.cameras, batch.shot, codec.stride[0], self.chunk, self.cut_prefix)
-                    cond = conditioning(text, *args)
+                    args = (batch.captions, batch.cameras, batch.shot, codec.stride[0])
+                    cond = conditioning(text, *args, self.chunk, self.cut_prefix)
                     negative = text(tuple((self.negative,) * len(row) for row in batch.captions))
                     noise = normal_like(batch.latents, seed, "trajectory", batch.position)
                     denoiser = guided(model, self.guidance, negative)

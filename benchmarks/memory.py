@@ -54,7 +54,8 @@ def with_policy(model: CausalVideo, policy: dict[str, Any]) -> CausalVideo:
 @torch.no_grad()
 def returned(generator: Generator, model: CausalVideo, batch: Any, shots: list[dict[str, Any]], seed: int) -> Tensor:
     """Latents (1,C,T,H,W) of a story: true but for the shots in which a character returns, which are sampled."""
-    cond = conditioning(generator.text, batch.captions, batch.cameras, batch.shot, generator.stride, generator.chunk)
+    told = (generator.text, batch.captions, batch.cameras, batch.shot)
+    cond = conditioning(*told, generator.stride, generator.chunk, generator.sampling.get("cut_prefix"))
     made = batch.latents.clone()
     bounds, shot_T = chunk_bounds(cond.layout), batch.shot[0]
     noise = frame_noise([seed], (made.shape[1], *made.shape[3:]), generator.device)

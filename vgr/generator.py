@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Generator:
         self.size_hw = tuple(record["size_hw"])
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
+        self.plan: str | None = None
         self.refine: Callable[..., Iterator[Tensor]] | None = None  # latents on their way to the decoder
         # A student's times have its teacher's guidance trained in.
         self.takes_cameras = self.model.takes_cameras
@@ -49,15 +51,17 @@ class Generator:
     @classmethod
     def load(
         cls, checkpoint: str | Path, device: str = "auto", steps: int | None = None, shift: float | None = None,
-        guidance: float | None = None,
+        guidance: float | None = None, memory: Mapping[str, Any] | None = None, seconds: float | None = None,
     ) -> Generator:  # fmt: skip
         """From a run folder or one of its checkpoints, averaged weights; None keeps the checkpoint's own sampling.
 
+        memory: settings of a causal video model's memory, instead of its own. seconds: what is to be made, refused
+        before weights are read where the device cannot hold its memory; `plan` says in one line what that takes.
         FileNotFoundError or ValueError name what is missing, damaged or does not fit.
         """
         import torch
 
-        from vgr.training import checkpoints
+        from vgr.training import budget, checkpoints
         from vgr.training.rebuild import rebuild
 
         folder = checkpoints.resolve(Path(checkpoint))
@@ -71,13 +75,17 @@ class Generator:
                 f"guidance={guidance}: {checkpoint} is a few-step student with its teacher's guidance trained in; "
                 "leave guidance out, or give steps= too, to sample it as an ordinary model"
             )
-        parts, digest = rebuild(folder), checkpoints.weights_hash(folder, "ema")
-        data = checkpoints.read_state(folder)["config"]["data"]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        known = seconds is not None and math.isfinite(seconds)
+        plan = budget.of_video(budget.with_memory(record, memory), sampling, seconds, device) if known else None
+        parts, digest = rebuild(folder, memory), checkpoints.weights_hash(folder, "ema")
+        data = checkpoints.read_state(folder)["config"]["data"]
         name = "/".join(p for p in folder.parts[-4:] if p != "checkpoints")
         data_info = {k: data[k] for k in ("train", "val") if k in data}
-        return cls(parts, record, name, digest, data_info, sampling, device)
+        generator = cls(parts, record, name, digest, data_info, sampling, device)
+        generator.plan = plan
+        return generator
 
     @property
     def sigmas(self) -> Tensor:
@@ -89,8 +97,8 @@ class Generator:
         own, steps, shift = (self.sampling[k] for k in ("sigmas", "steps", "shift"))
         return torch.tensor(own, dtype=torch.float64) if own else sigma_grid(steps, shift)
 
-    def session(self, seed: int, first_frame: np.ndarray | None = None) -> Session:
-        """A video to be directed shot by shot; first_frame (H,W,3) uint8. ValueError for a model that cannot stream."""
+    def session(self, seed: int, first_frame: np.ndarray | None = None, story: str = "") -> Session:
+        """A video to be directed shot by shot; first_frame (H,W,3) uint8; story: `Session`'s. Or ValueError."""
         import torch
 
         from vgr.diffusion.guidance import guided
@@ -108,7 +116,7 @@ class Generator:
             denoiser, self.codec, self.text, sigmas=self.sigmas, chunk=self.chunk, fps=self.fps, size_hw=self.size_hw,
             seed=seed, first_frame=None if first_frame is None else torch.from_numpy(first_frame),
             group_cameras=group_by_latent if self.takes_cameras else None, device=self.device,
-            cut_prefix=self.sampling.get("cut_prefix"), renoise=self.sampling.get("renoise", False),
+            cut_prefix=self.sampling.get("cut_prefix"), renoise=self.sampling.get("renoise", False), story=story,
         )  # fmt: skip
 
     def frames(self, seconds: float) -> int:
@@ -166,7 +174,7 @@ class Generator:
         first_at, denoise, told = start, 0.0, 0
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             args = (cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
-            cond = conditioning(self.text, captions, *args)
+            cond = conditioning(self.text, captions, *args, self.sampling.get("cut_prefix"))
             null = self.text(tuple(("",) * len(row) for row in captions))
             first = None if first_frames is None else self._encode(first_frames)
             denoiser = guidance.guided(self.model, self.sampling["guidance"], null)

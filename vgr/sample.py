@@ -47,7 +47,8 @@ def body(cfg: DictConfig) -> None:
         story.sample(cfg)
         return
     file = None if cfg.cameras is None else read_pose_file(cfg)
-    generator = Generator.load(cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance)
+    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory)
+    generator = Generator.load(*args, seconds=None if cfg.path is None else cfg.seconds)
     drop = 0 if cfg.refiner is None else 1  # a refiner leaves the first frame as it was
     if drop:
         from vgr.training.refining import Refinement
@@ -59,6 +60,8 @@ def body(cfg: DictConfig) -> None:
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
+    if generator.plan is not None:
+        print(generator.plan, file=sys.stderr)
     calls = generator.calls(cameras.c2w.shape[1])
     with command.progress(calls, "denoising") as done, live_video(
         out / "live.mp4", generator.size_hw, generator.fps

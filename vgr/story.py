@@ -1,12 +1,13 @@
 """Stories: shots that one after another direct a streaming model, as `vgr-sample shots=story.yaml` takes them.
 
-A story is a YAML list of shots, or a table with `shots` and a `first_frame`. A shot has a prompt, its seconds, cut
-(true for all but the first unless said) and, for models that take cameras, camera: a named path that goes on from
-where the shot before ended.
+A story is a YAML list of shots, or a table with `shots`, a `first_frame` and a `story`, the caption of the whole that
+is read before every prompt. A shot has a prompt, its seconds, cut (true for all but the first unless said) and, for
+models that take cameras, camera: a named path that goes on from where the shot before ended.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class Shot:
     camera: str | None
 
 
-def read_story(path: Path) -> tuple[list[Shot], str | None]:
-    """Shots and the path of a first frame. FileNotFoundError or ValueError name the shot, the key and what is taken."""
+def read_story(path: Path) -> tuple[list[Shot], str | None, str]:
+    """Shots, path of a first frame, caption of the whole. FileNotFoundError or ValueError name shot and key."""
     import yaml
 
     if not path.is_file():
@@ -46,10 +47,13 @@ def read_story(path: Path) -> tuple[list[Shot], str | None]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"shots={path} is no YAML: {str(error).splitlines()[0]}") from error
     table = told if isinstance(told, dict) else {"shots": told}
-    rows, unknown = table.get("shots"), sorted(table.keys() - {"shots", "first_frame"})
+    rows, unknown = table.get("shots"), sorted(table.keys() - {"shots", "first_frame", "story"})
     if unknown or not isinstance(rows, list) or not rows:
-        raise ValueError(f"shots={path} must be a list of shots, or a table with shots and first_frame; got {unknown}")
-    return [_shot(path, i, row) for i, row in enumerate(rows)], table.get("first_frame")
+        raise ValueError(f"shots={path} must be a list of shots, or a table: shots, first_frame, story; got {unknown}")
+    told = table.get("story", "")
+    if not isinstance(told, str) or ("story" in table and not told.strip()):
+        raise ValueError(f"shots={path}: story={told!r} must be the caption of the whole; say it or leave it out")
+    return [_shot(path, i, row) for i, row in enumerate(rows)], table.get("first_frame"), told
 
 
 def _shot(path: Path, index: int, row: Any) -> Shot:
@@ -71,15 +75,18 @@ def sample(cfg: DictConfig) -> None:
     from vgr.data.video import live_video, write_video
     from vgr.generator import Generator
 
-    shots, image = read_story(Path(cfg.shots))
-    generator = Generator.load(cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance)
+    shots, image, told = read_story(Path(cfg.shots))
+    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory)
+    generator = Generator.load(*args, seconds=sum(shot.seconds for shot in shots))
     image = cfg.first_frame or image
     first = None if image is None else read_first_frame(Path(image), generator.size_hw)
     check(shots, generator, Path(cfg.shots))
     out = Path(cfg.out or Path("runs/samples") / f"{Path(cfg.shots).stem}_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
+    if generator.plan is not None:
+        print(generator.plan, file=sys.stderr)
     with live_video(out / "live.mp4", generator.size_hw, generator.fps) as add:
-        frames, record = direct(generator, shots, cfg.seed, first, add)
+        frames, record = direct(generator, shots, cfg.seed, first, add, told)
     write_video(out / "video.mp4", frames, generator.fps)
     write_json(out / "sample.json", {
         "checkpoint": generator.name, "weights": generator.weights_hash, "seed": cfg.seed, "fps": generator.fps,
@@ -108,17 +115,18 @@ def check(shots: list[Shot], generator: Generator, path: Path) -> None:
 
 
 def direct(
-    generator: Generator, shots: list[Shot], seed: int, first: np.ndarray | None, add: Callable[[np.ndarray], None]
-) -> tuple[np.ndarray, dict[str, Any]]:
+    generator: Generator, shots: list[Shot], seed: int, first: np.ndarray | None, add: Callable[[np.ndarray], None],
+    told: str,
+) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
     """Every shot is said when the one before has been made, as a director would: frames (F,H,W,3) and a record.
 
-    add hears of each chunk's frames. The record has each shot's frames and latency, from saying it to its first
-    frames, and the seconds of each chunk.
+    add hears of each chunk's frames; told: the story's caption. The record has each shot's frames and latency, from
+    saying it to its first frames, and the seconds of each chunk.
     """
     import torch
 
-    session = generator.session(seed, first)
-    told: list[dict[str, Any]] = []
+    session = generator.session(seed, first, told)
+    record: list[dict[str, Any]] = []
     pieces: list[np.ndarray] = []
     chunks: list[float] = []
     pose = torch.eye(4, dtype=torch.float64)
@@ -136,12 +144,12 @@ def direct(
                     mark = time.perf_counter()
             if camera is not None:
                 pose = camera.c2w[0, -1].double()
-            told.append({
+            record.append({
                 "prompt": shot.prompt, "cut": shot.cut, "camera": shot.camera, "frames": count,
                 "latency_s": chunks[before],
             })  # fmt: skip
             done(1)
-    return np.concatenate(pieces), {"shots": told, "chunk_s": chunks}
+    return np.concatenate(pieces), {"story": told, "shots": record, "chunk_s": chunks}
 
 
 def _camera(generator: Generator, session: Session, shot: Shot, pose: Any) -> Cameras:

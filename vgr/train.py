@@ -50,9 +50,12 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     """
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-    from vgr.training import checkpoints
+    from vgr.training import budget, checkpoints
 
     command.check_targets(cfg)
+    settings = trainer_settings(cfg)
+    if told := budget.of_training(cfg, settings):
+        rank_zero_only(print)(told)
     config = OmegaConf.to_container(cfg, resolve=True)
     if cfg.teacher is not None:  # frozen networks are known by hash: another teacher is another run
         config["teacher_sha256"] = checkpoints.weights_hash(checkpoints.resolve(Path(cfg.teacher)))
@@ -63,7 +66,6 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     if checkpoint is not None:
         checkpoints.verify(checkpoint)
         refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)
-    settings = trainer_settings(cfg)
     module, data, codec = build(cfg, initial)
     del initial  # 11 GB at full size
     steps = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
@@ -131,6 +133,10 @@ def build(
         raise ValueError(
             f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
         )
+    sampled = cfg.sampling.cut_prefix
+    if ((marked := cfg.training.get("cut_prefix", sampled)) or "") != (sampled or ""):
+        told = f"training.cut_prefix={marked!r}, sampling.cut_prefix={sampled!r}"
+        raise ValueError(f"{told}: cuts are sampled as they are trained; set sampling.cut_prefix alone")
     extra, objective = data.train_shards.manifest["extra"], cfg.training.get("objective", {})
     made_for, asked = ((x.get("times"), bool(x.get("history"))) for x in (extra, objective))
     if made_for != asked:
@@ -182,7 +188,8 @@ def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:
     if cfg.teacher is None:
         return {}
     causal = cfg.training.get("scores") == "causal" or cfg.training.get("packed")
-    parts = rebuild_teacher(cfg.teacher, codec, cfg.training.chunk if causal else None)
+    chunk = cfg.training.chunk if causal else None
+    parts = rebuild_teacher(cfg.teacher, codec, chunk, cfg.training.get("cut_prefix"))
     return {"teacher": {k: parts[k] for k in ("model", "text")}}
 
 
@@ -311,15 +318,9 @@ def fit(
             settings["strategy"] = "ddp_find_unused_parameters_true"
     trainer = instantiate(
         settings,
-        logger=False,
-        callbacks=[steps],
-        max_epochs=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=str(steps.run_dir),
-    )
+        logger=False, callbacks=[steps], max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=str(steps.run_dir),
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning.*")
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")

@@ -112,22 +112,26 @@ class Conditioning:
     """What a denoiser is told beside the noisy latents.
 
     text: one encoded prompt per shot, chosen per frame through `layout.shot`, or one for all; cameras: None for models
-    without a camera. A given clean first frame is not a field: it stands in x at t = 0.
+    without a camera; prompt (B,T) int64: the text each frame reads where it is not its shot's (a cut is marked). A
+    given clean first frame is not a field: it stands in x at t = 0.
     """
 
     layout: Layout
     text: TextStates
     cameras: LatentCameras | None = None
+    prompt: Tensor | None = None
 
     def frames(self, a: int, b: int) -> Conditioning:
         """The same conditioning for latent frames a (included) to b (excluded); positions are kept."""
         cameras = None if self.cameras is None else self.cameras.frames(a, b)
-        return dataclasses.replace(self, layout=self.layout.frames(a, b), cameras=cameras)
+        prompt = None if self.prompt is None else self.prompt[:, a:b]
+        return dataclasses.replace(self, layout=self.layout.frames(a, b), cameras=cameras, prompt=prompt)
 
     def packed(self) -> Conditioning:
         """Of a call with each frame twice, as context and as target: see `Layout.packed`."""
         cameras = None if self.cameras is None else _map_tensors(self.cameras, lambda x: torch.cat([x, x], dim=1))
-        return dataclasses.replace(self, layout=self.layout.packed(), cameras=cameras)
+        prompt = None if self.prompt is None else self.prompt.repeat(1, 2)
+        return dataclasses.replace(self, layout=self.layout.packed(), cameras=cameras, prompt=prompt)
 
     def to(self, device: torch.device | str) -> Conditioning:
         return _map_tensors(self, lambda x: x.to(device))

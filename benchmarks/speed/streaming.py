@@ -33,6 +33,7 @@ from vgr.geometry.cameras import group_by_latent
 from vgr.geometry.trajectories import named_cameras
 from vgr.models.causal_video import CausalVideo
 from vgr.models.world_model import WorldModel
+from vgr.nn.memory import PLACES
 from vgr.types import Cameras, Conditioning, Layout, TextStates
 
 
@@ -65,7 +66,9 @@ CHUNK = 3
 
 def build(args: argparse.Namespace) -> WorldModel | CausalVideo:
     size = SIZES[args.size]
-    memory = {"sink": 1, "window": 1} if size.model is WorldModel else MEMORY[args.memory]
+    memory: dict[str, Any] = {"sink": 1, "window": 1}
+    if size.model is CausalVideo:
+        memory = {**MEMORY[args.memory], "place": args.place}
     with torch.device(args.device):
         torch.manual_seed(0)
         dtype = torch.bfloat16 if args.device == "cuda" and size.model is CausalVideo else torch.float32
@@ -159,6 +162,7 @@ def summary(args: argparse.Namespace, size: Size, frames: int, rows: list[dict[s
     first, last = statistics.median(later[:10]), statistics.median(later[-10:])
     found = {
         "size": args.size, "memory": args.memory if size.model is CausalVideo else None,
+        "place": args.place if size.model is CausalVideo else None,
         "seconds": (1 + (frames - 1) * size.stride) / size.fps, "chunks": len(rows), "compiled": args.compile,
         "first_chunk_s": dit[0], "chunk_p50_s": statistics.median(later),
         "chunk_p95_s": sorted(later)[int(0.95 * (len(later) - 1))], "dit_total_s": sum(dit),
@@ -178,6 +182,7 @@ def main() -> None:
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--memory", default="routed", choices=list(MEMORY))
+    parser.add_argument("--place", default="device", choices=PLACES, help="of what has left the window")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--decode", type=Path, help="folder of an LTX-2 or Wan VAE")

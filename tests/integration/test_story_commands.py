@@ -17,7 +17,8 @@ from small_training import train  # noqa: E402
 
 from vgr import command, export, prepare, sample
 from vgr.models.causal_video import CausalVideo
-from vgr.training import checkpoints
+from vgr.models.text import ByteTextEncoder
+from vgr.training import budget, checkpoints
 
 FRAMES = 21  # 11 latent frames: a chunk of four, then three, three and one that joins them
 SMALL = (
@@ -68,10 +69,10 @@ def write_shards(folder):
                 writer.add(f"{split}{i}", latents, c2w, intrinsics, {**meta, "split": split})
 
 
-def stage(folder, name, *words):
+def stage(folder, name, *words, name_of="seed1"):
     done = train(folder, f"experiments=causal_video/{name}", "size=story_tiny", *SMALL, *words)
     assert done.returncode == 0, done.stderr[-2000:]
-    return next((folder / "runs/causal_video").glob(f"{name}*/seed1"))
+    return next((folder / "runs/causal_video").glob(f"{name}*/{name_of}"))
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,9 @@ MISTAKES = [
     ("- {prompt: a, seconds: 0.75, camera: orbit}", "no camera"),
     ("- {prompt: a, second: 0.75}", "must have prompt and seconds"),
     ("prompt: a", "must be a list of shots"),
+    ("{story: ' ', shots: [{prompt: a, seconds: 0.75}]}", "must be the caption of the whole"),
+    ("- {prompt: '  ', seconds: 0.75}", "has an empty prompt"),
+    ("- {prompt: a, seconds: 1.5}\n- {prompt: b, seconds: 0.1}", "shot 2: seconds=0.1"),
     ("- [", "is no YAML"),
     (None, "does not exist"),
 ]
@@ -148,6 +152,59 @@ def test_stories_that_cannot_be_made(chain, tmp_path, text, told):
         path.write_text(text)
     code, _, err = run(sample.main, folder, f"checkpoint={runs['student']}", f"shots={path}", "device=cpu", "out=none")
     assert code == 2 and told in err and err.count("\n") == 1 and not (folder / "none").exists()
+
+
+def test_memory_is_told_and_refused_before_weights_are_read(chain, tmp_path, monkeypatch):
+    folder, runs = chain
+    (folder / "long.yaml").write_text("- {prompt: a, seconds: 15}\n")
+    words = (f"checkpoint={runs['student']}", "shots=long.yaml", "device=cpu", f"out={tmp_path / 'made'}")
+    videos = []
+    for place in ("device", "recomputed", "pinned"):
+        code, _, err = run(sample.main, folder, *words, f"memory={{place:{place}}}")
+        assert code == 0 and "memory of 61 latent frames" in err and ("made again" in err) == (place == "recomputed")
+        videos.append((tmp_path / "made/video.mp4").read_bytes())
+    assert videos[0] == videos[1] == videos[2]
+    monkeypatch.setattr(budget, "available", lambda device: 1e-4)
+    with mock.patch.object(checkpoints, "read_weights", side_effect=AssertionError("weights were read")):
+        code, _, err = run(sample.main, folder, *words)
+        assert code == 2 and "GB asked of cpu, which has 0.0001 GB. Make it shorter" in err and err.count("\n") == 1
+        student = [f"teacher={runs['multi_shot']}", f"init_from={runs['ode']}", "model.window=1", "model.routed=2"]
+        done = train(folder, "experiments=causal_video/self_forcing", "size=story_tiny", *SMALL, *student, "seed=2")
+        assert done.returncode == 2 and "memory of 11 latent frames" in done.stderr and "model.place" in done.stderr
+    code, _, err = run(sample.main, folder, *words, "memory={windows:3}")
+    assert code == 2 and "takes window, sink" in err and err.count("\n") == 1
+
+
+def test_a_run_with_a_marker_and_captions_of_the_whole_is_sampled_with_them(chain, tmp_path):
+    folder, runs = chain
+    marked = stage(folder, "multi_shot", "training.max_samples=2", "sampling.cut_prefix=Cut", "seed=3", name_of="seed3")
+    (folder / "told.yaml").write_text(f"story: Rain.\nshots:{STORY}")
+    heard = []
+    with mock.patch.object(ByteTextEncoder, "tokenize", autospec=True, side_effect=_hear(heard)):
+        words = (f"checkpoint={marked}", "shots=told.yaml", "device=cpu", "steps=1", "guidance=1.0")
+        code, _, err = run(sample.main, folder, *words, f"out={tmp_path / 'made'}")
+    assert code == 0, err
+    assert {row[0] for row in heard} - {""} >= {"Rain. Kim in the blue room", "CutRain. Bo in the red room"}
+    assert "CutRain. Kim sits down" not in {row[0] for row in heard}  # no cut
+    assert json.loads((tmp_path / "made/sample.json").read_text())["story"] == "Rain."
+    told = (f"teacher={marked}", f"init_from={marked}", "model.window=1", "seed=3")
+    for words, message in (
+        (("multi_shot", "training.cut_prefix=Cut"), "cuts are sampled as they are trained"),
+        (("self_forcing", *told), "has sampling.cut_prefix='Cut'"),
+        (("multi_shot", "model.heads=5"), "must be an even number"),
+    ):
+        done = train(folder, f"experiments=causal_video/{words[0]}", "size=story_tiny", *SMALL, *words[1:], "seed=4")
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def _hear(heard):
+    tokenize = ByteTextEncoder.tokenize
+
+    def hearing(self, captions):
+        heard.extend(captions)
+        return tokenize(self, captions)
+
+    return hearing
 
 
 @pytest.mark.parametrize("form", ["vgr", "diffusers", "original"])

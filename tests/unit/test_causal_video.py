@@ -43,7 +43,7 @@ def story(batch=2, frames=FRAMES, shots=((3, 4), (2, 6))):
     return Conditioning(dataclasses.replace(layout, shot=shot), TextStates(texts, mask.expand(batch, 3, 7)))
 
 
-def cached(model, x, noisy, t, cond, state=None, steps=1):
+def cached(model, x, noisy, t, cond, state=None, steps=1, past_t=None):
     """Denoise and commit chunk by chunk: velocities of both passes."""
     state = model.new_state() if state is None else state
     denoised, committed = [], []
@@ -53,7 +53,8 @@ def cached(model, x, noisy, t, cond, state=None, steps=1):
         for _ in range(steps):
             v, state = model(noisy[:, :, a : b + 1], t[:, a : b + 1], part, state)
         denoised.append(v)
-        v, state = model(x[:, :, a : b + 1], torch.zeros_like(t[:, a : b + 1]), part, state, commit=True)
+        still = torch.zeros_like(t) if past_t is None else past_t
+        v, state = model(x[:, :, a : b + 1], still[:, a : b + 1], part, state, commit=True)
         committed.append(v)
     return torch.cat(denoised, 2), torch.cat(committed, 2), state
 
@@ -86,6 +87,26 @@ def test_packed_chunk_equals_cached_chunk(clips, name):
     close(packed[:, :, FRAMES:], denoised)
     close(packed[:, :, :FRAMES], committed)
     close(twice, denoised)  # what a chunk has gathered serves its later steps
+
+
+@pytest.mark.parametrize("name", ["full", "routed"])
+def test_a_noisy_past_and_marked_cuts_too(clips, name):
+    """The context has noise that the model is told (3.4), and a shot's first chunk reads a text of its own (8.2)."""
+    x, noisy, t, cond = clips
+    model, past_t = random_model(**POLICIES[name]), 0.1 * torch.rand(2, 1).expand(2, FRAMES)
+    context = x + past_t[:, None, :, None, None] * torch.randn_like(x)
+    first = F.pad(cond.layout.shot.diff() != 0, (1, 0)).long()
+    first = sum(first.roll(i, 1) for i in range(CHUNK))
+    texts = TextStates(torch.cat([cond.text.states, cond.text.states + 1], 1), torch.cat([cond.text.mask] * 2, 1))
+    marked = dataclasses.replace(cond, text=texts, prompt=cond.layout.shot + 3 * first)
+    with torch.no_grad():
+        packed, _ = model(torch.cat([context, noisy], 2), torch.cat([past_t, t], 1), marked.packed())
+        denoised, committed, _ = cached(model, context, noisy, t, marked, past_t=past_t)
+        plain, *_ = cached(model, context, noisy, t, cond, past_t=past_t)
+        clean, *_ = cached(model, context, noisy, t, marked)
+    close(packed[:, :, FRAMES:], denoised)
+    close(packed[:, :, :FRAMES], committed)
+    assert (plain - denoised).abs().max() > 1e-3 and (clean - denoised).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", [n for n in POLICIES if "routed" not in n])
@@ -234,6 +255,46 @@ def test_host_memory_gives_the_same(clips):
     assert torch.equal(here, there)
 
 
+@pytest.mark.parametrize("name", [*POLICIES, "routed, per step"])
+def test_history_made_again_gives_the_same(clips, name):
+    """Also in a call with a graph, whose gradient stops at the past as with kept keys and values."""
+    x, noisy, t, cond = clips
+    policy = POLICIES.get(name) or ({"window": 1, "routed": 2, "per_step": True} if "step" in name else {})
+    outputs, grads = [], []
+    for place in ("device", "recomputed"):
+        model = random_model(**policy, place=place)
+        with torch.no_grad():
+            denoised, committed, _ = cached(model, x, noisy, t, cond, steps=2)
+            *_, state = cached(model, x[:, :, :16], noisy[:, :, :16], t[:, :16], cond.frames(0, 16))
+        outputs.append((denoised, committed))
+        part = cond.frames(16, 19)
+        _, scratch = model(noisy[:, :, 16:19], t[:, 16:19], part, state)
+        live, _ = model(noisy[:, :, 16:19], t[:, 16:19], part, model.lean(scratch))
+        grads.append(torch.autograd.grad(live.square().sum(), list(model.parameters())))
+    for ours, theirs in zip(outputs[1], outputs[0]):
+        close(ours, theirs)
+    for ours, theirs in zip(grads[1], grads[0]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_history_made_again_has_each_prompt_of_a_session(clips):
+    """Chunks told one by one, each by a text of its own, and a given clip committed in one call before them."""
+    x, noisy, t, cond = clips
+    outputs = []
+    for place in ("device", "recomputed"):
+        model, parts = random_model(window=1, routed=2, place=place), []
+        with torch.no_grad():
+            _, state = model(x[:, :, :10], 0 * t[:, :10], cond.frames(0, 10), model.new_state(), commit=True)
+            for i, a in enumerate(range(10, 22, 3)):
+                text = TextStates(cond.text.states[:, :1] + i, cond.text.mask[:, :1])
+                part = dataclasses.replace(cond.frames(a, a + 3), text=text)
+                v, state = model(noisy[:, :, a : a + 3], t[:, a : a + 3], part, state)
+                _, state = model(x[:, :, a : a + 3], 0 * t[:, a : a + 3], part, state, commit=True)
+                parts.append(v)
+        outputs.append(torch.cat(parts, 2))
+    close(*outputs)
+
+
 def test_texts_of_other_shots_do_not_leak(clips):
     x, noisy, t, cond = clips
     model = random_model()
@@ -293,15 +354,28 @@ def test_memory_is_told_before_a_run():
     # 17 frames in the spec; the chunk of four may stand in the window.
     assert plan["14B"]["read"] == pytest.approx(21.7 * 18 / 17, rel=0.01)
     assert models["14B"].memory_plan(121, (30, 52), 3, ranks=8)["history"] == pytest.approx(19.3, rel=0.01)
+    with pytest.raises(ValueError, match="12 heads and 1560 cells a frame cannot be split over 8 context ranks; use 2"):
+        models["1.3B"].memory_plan(121, (30, 52), 3, ranks=8)
     assert plan["14B"]["means"] == pytest.approx(121 * 0.82e-3, rel=0.01)
+    with torch.device("meta"):
+        models = {k: CausalVideo(**size, window=3, routed=5, place="recomputed") for k, size in sizes.items()}
+    again = {k: model.memory_plan(241, (30, 52), 3) for k, model in models.items()}
+    # Of a forward of spec 8.4 (2.16e14 and 3.5e13 FLOP for 17 frames) as many as chunks have left the window.
+    assert [again[k]["again_chunks"] for k in sizes] == [77, 77]
+    assert [again[k]["again_pflop"] / 77e-15 for k in sizes] == pytest.approx([2.2e14, 3.6e13], rel=0.03)
+    assert again["14B"]["history"] == pytest.approx(10 * 1.28, rel=0.01)  # the window, beside latents of 46 MB
+    assert again["14B"]["again"] == pytest.approx(231 * 1560 * 5120 * 8e-9)  # tokens, and keys and values of one layer
 
 
+@pytest.mark.parametrize("place", ["device", "recomputed"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_plan_is_what_a_state_holds(clips, name):
+def test_the_plan_is_what_a_state_holds(clips, name, place):
     x, noisy, t, _ = clips
-    model = random_model(**POLICIES[name])
+    model = random_model(**POLICIES[name], place=place)
     with torch.no_grad():
         *_, state = cached(model, x[:1], noisy[:1], t[:1], story(1))
     held = sum(y.nbytes for block in state.blocks for kv in block.layers for y in (kv.k, kv.v)) / 1e9
+    held += sum(block.made.x.nbytes for block in state.blocks if not block.layers) / 1e9
+    assert all(bool(block.layers) or place == "recomputed" for block in state.blocks)
     plan = model.memory_plan(FRAMES, (HEIGHT // 2, WIDTH // 2), CHUNK, bytes_per_number=4)
     assert held <= plan["history"] * 1.001 and held >= 0.5 * plan["history"]

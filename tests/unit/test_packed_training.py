@@ -2,12 +2,16 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from tests.unit.test_self_forcing import _batch, _network
+from vgr.data.modules import collate
+from vgr.data.shards import Sample
 from vgr.diffusion import flow, objectives
 from vgr.diffusion.guidance import guided, teacher_forced
+from vgr.diffusion.rollout import Session
 from vgr.diffusion.samplers import chunk_bounds
 from vgr.distillation.consistency import consistency
 from vgr.models.codec import CosineCodec
@@ -137,3 +141,38 @@ def test_cuts_move_to_chunk_edges():
     assert snapped.chunk.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert snapped.shot.tolist() == [[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 2, 2]]
     assert conditioning(text, captions, cameras, shot, 4, None).layout.shot.equal(shot)
+
+
+def test_training_reads_what_a_session_reads_of_story_and_cuts():
+    """The caption of the whole before each shot's, and the marker before both in the first chunk after a cut alone."""
+    text, codec = ByteTextEncoder(16, 64, 1, 2), CosineCodec(stride=[4, 8, 8], luma=[2], chroma=[0])
+    shots = [{"start": 0, "end": 9, "caption": "Kim"}, {"start": 9, "end": 25, "caption": "Bo"}]
+    c2w, intrinsics = np.tile(np.eye(4), (25, 1, 1)), np.full((25, 4), 0.5)
+    sample = Sample(np.zeros((2, 7, 2, 2), np.float16), c2w, intrinsics, 8.0, {"shots": shots, "story": "Rain."}, "a")
+    batch = collate([sample], [0])
+    assert batch.captions == (("Rain. Kim", "Rain. Bo"),)
+    assert collate([sample], [0], story=False).captions == (("Kim", "Bo"),)
+    args = (batch.cameras, batch.shot, 4, 2)
+    cond = conditioning(text, batch.captions, *args, "Cut. ")
+    assert cond.prompt.tolist() == [[0, 0, 0, 3, 3, 1, 1]] and cond.layout.shot.tolist() == [[0, 0, 0, 1, 1, 1, 1]]
+    heard = []
+
+    def model(x, t, cond, state=None, *, commit=False):
+        heard.append(cond)
+        return torch.zeros_like(x), ()
+
+    model.new_state = lambda: ()
+    session = Session(
+        model, codec, text, sigmas=torch.tensor([1.0, 0.0]), chunk=2, fps=8.0, size_hw=(16, 16), cut_prefix="Cut. ",
+        story="Rain.",
+    )  # fmt: skip
+    session.append("Kim", 1.0)
+    session.append("Bo", 2.0, cut=True)
+    assert sum(map(len, session.frames())) == 25 and len(heard) == 6
+    for told in heard:
+        (row,) = set(cond.prompt[0, told.layout.position].tolist())
+        torch.testing.assert_close(told.text.states[0, 0], cond.text.states[0, row][cond.text.mask[0, row]])
+    plain = conditioning(text, batch.captions, *args)
+    assert plain.prompt is None and plain.text.mask.shape[1] == 2
+    null = conditioning(text, (("", ""),), *args, "Cut. ").text
+    assert null.mask.sum((0, 2)).tolist() == [1, 1, 1, 1]  # text dropout: nothing but the null token

@@ -26,7 +26,10 @@ class EncodedCaption(str):
     states: np.ndarray
 
 
-def _captions(sample: Sample, shots: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _captions(sample: Sample, shots: Sequence[dict[str, Any]], told: bool) -> tuple[str, ...]:
+    story = sample.meta.get("story") if told else None
+    if story:  # states that were kept are of the shots' own captions
+        return tuple(f"{story} {shot['caption']}" for shot in shots)
     if sample.text is None:
         return tuple(str(shot["caption"]) for shot in shots)
     captions = tuple(EncodedCaption(shot["caption"]) for shot in shots)
@@ -35,8 +38,12 @@ def _captions(sample: Sample, shots: Sequence[dict[str, Any]]) -> tuple[str, ...
     return captions
 
 
-def collate(samples: Sequence[Sample], positions: Sequence[int], frames: int | None = None) -> VideoBatch:
+def collate(
+    samples: Sequence[Sample], positions: Sequence[int], frames: int | None = None, story: bool = True
+) -> VideoBatch:
     """Samples to a batch; `frames` keeps the first so many raw frames (1 + n times the codec's stride).
+
+    story: the caption of the whole clip, where there is one, stands before each shot's (causal video, spec 3.3).
 
     Poses are taken relative to each clip's first frame in float64 before they become float32, so that a place
     far from the map's origin costs no precision. Raises ValueError where `frames` does not fit.
@@ -55,7 +62,7 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], frames: int | N
             torch.from_numpy(np.stack([s.intrinsics[:count] for s in samples])).float(),
         ),
         fps=torch.tensor([s.fps for s in samples], dtype=torch.float32),
-        captions=tuple(map(_captions, samples, shots)),
+        captions=tuple(_captions(s, own, story) for s, own in zip(samples, shots)),
         shot=torch.from_numpy(np.stack(shot_BT)).long(),
         keys=tuple(s.key for s in samples),
         position=torch.tensor(list(positions), dtype=torch.int64),
@@ -66,9 +73,9 @@ class MicroBatches(Dataset):
     """Item i is the i-th micro-batch of this rank, counted from global batch `start` up to `stop`."""
 
     def __init__(self, shards: Shards, order: Order, micro_batch: int, frames: int | None, max_damaged: float,
-                 rank: int, world: int) -> None:
+                 rank: int, world: int, story: bool = True) -> None:
         self.shards, self.order, self.micro_batch, self.frames = shards, order, micro_batch, frames
-        self.max_damaged, self.rank, self.world = max_damaged, rank, world
+        self.max_damaged, self.rank, self.world, self.story = max_damaged, rank, world, story
         self.start, self.stop = 0, 0
         self.per_batch = order.global_batch // (micro_batch * world)
         self._cache: dict[int, Sample] | None = {} if shards.latent_bytes() <= CACHE_BYTES else None
@@ -84,7 +91,7 @@ class MicroBatches(Dataset):
         b, m = divmod(i, self.per_batch)
         first = (self.start + b) * self.order.global_batch + (m * self.world + self.rank) * self.micro_batch
         positions = range(first, first + self.micro_batch)
-        return collate([self.sample(p) for p in positions], positions, self.frames)
+        return collate([self.sample(p) for p in positions], positions, self.frames, self.story)
 
     def sample(self, position: int) -> Sample:
         """The sample at a position, or the first whole one of its replacements."""
@@ -119,20 +126,21 @@ class ShardData(pl.LightningDataModule):
 
     train, val: folders; codec_fingerprint: that of the codec the model works with; frames: raw frames kept
     of each clip, from its first on (None: all); workers: loader processes; max_damaged: share of damaged
-    samples that are replaced before it is an error; val_clips: fixed validation clips, evenly over the set.
+    samples that are replaced before it is an error; val_clips: fixed validation clips, evenly over the set; story: of
+    `collate`.
     Before fit, `start_batch` and `total_batches` say which global batches remain.
     """
 
     def __init__(self, train: str, val: str, codec_fingerprint: str | None, seed: int, global_batch: int,
                  micro_batch: int, frames: int | None = None, workers: int = 0, max_damaged: float = 0.01,
-                 val_clips: int = 64) -> None:
+                 val_clips: int = 64, story: bool = True) -> None:
         super().__init__()
         if micro_batch < 1 or global_batch % micro_batch:
             raise ValueError(f"global_batch={global_batch} is not a multiple of data.micro_batch={micro_batch}")
         self.train_shards, self.val_shards = Shards(train, codec_fingerprint), Shards(val, codec_fingerprint)
         self.order = Order(self.train_shards.counts, seed, global_batch)
         self.micro_batch, self.frames, self.workers = micro_batch, frames, workers
-        self.max_damaged, self.val_clips = max_damaged, val_clips
+        self.max_damaged, self.val_clips, self.story = max_damaged, val_clips, story
         self.start_batch, self.total_batches = 0, 0
 
     def micro_batches(self, rank: int = 0, world: int = 1) -> MicroBatches:
@@ -140,9 +148,8 @@ class ShardData(pl.LightningDataModule):
         if self.order.global_batch % (self.micro_batch * world):
             raise ValueError(f"global_batch={self.order.global_batch} is not a multiple of "
                              f"data.micro_batch={self.micro_batch} x {world} ranks")
-        batches = MicroBatches(
-            self.train_shards, self.order, self.micro_batch, self.frames, self.max_damaged, rank, world
-        )
+        args = (self.train_shards, self.order, self.micro_batch, self.frames, self.max_damaged, rank, world, self.story)
+        batches = MicroBatches(*args)
         batches.start, batches.stop = self.start_batch, self.total_batches
         return batches
 
@@ -157,4 +164,4 @@ class ShardData(pl.LightningDataModule):
         chosen = np.linspace(0, len(self.val_shards) - 1, count).round().astype(int).tolist()
         samples = [self.val_shards.read(i) for i in chosen]
         groups = [range(a, min(a + size, count)) for a in range(0, count, size)]
-        return [collate([samples[i] for i in group], group, self.frames) for group in groups]
+        return [collate([samples[i] for i in group], group, self.frames, self.story) for group in groups]

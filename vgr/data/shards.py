@@ -1,9 +1,10 @@
 """Shards: WebDataset tar files of encoded clips with a manifest that finds, checks and describes every member.
 
 A sample is <key>.latent.npy (C,T,H,W) float16, <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4), fps),
-<key>.json (shots, source, metric scale, split), and where kept <key>.mp4, <key>.depth.npz and <key>.text.npy (S,J,D)
-float16, a frozen text encoder's states of each shot, whose lengths stand in the json. The manifest is
-written last; a folder without one is unfinished and `ShardWriter` continues it. Pickle is never read.
+<key>.json (shots, source, metric scale, split and, if there is one, `story`, a caption of the whole), and where
+kept <key>.mp4, <key>.depth.npz and <key>.text.npy (S,J,D) float16, a frozen text encoder's states of each shot, whose
+lengths stand in the json. The manifest is written last; a folder without one is unfinished and `ShardWriter` continues
+it. Pickle is never read.
 """
 
 from __future__ import annotations

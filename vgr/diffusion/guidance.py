@@ -25,7 +25,8 @@ def guided(denoiser: Denoiser, scale: float, negative: TextStates) -> Denoiser:
     ) -> tuple[Tensor, Any]:
         own, other = (None, None) if state is None else state
         v, own = denoiser(x, t, cond, own, commit=commit)
-        v_negative, other = denoiser(x, t, dataclasses.replace(cond, text=negative), other, commit=commit)
+        away = dataclasses.replace(cond, text=negative, prompt=None)
+        v_negative, other = denoiser(x, t, away, other, commit=commit)
         state = None if own is None and other is None else (own, other)
         return v_negative + scale * (v - v_negative), state
 

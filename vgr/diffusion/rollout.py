@@ -104,10 +104,10 @@ class Session:
     (`timesteps.few_step_sigmas`); chunk: latent frames of a chunk; fps: raw frames a second; size_hw: pixels.
     first_frame (H,W,3) uint8: the image the video starts from. group_cameras: None for a model without cameras,
     else `vgr.geometry.cameras.group_by_latent`. cut_prefix: what the model reads before the prompt in the first
-    chunk after a cut ("" if a new prompt is cut enough), None for a model that knows no cuts. renoise: see
-    `samplers.few_step`. The noise depends on `seed` and the frame alone, so the video does not depend on when its
-    pieces were appended. Autocast is the caller's; codec and cameras run outside it. ValueError for parts that
-    cannot stream and sizes that do not fit.
+    chunk after a cut ("" if a new prompt is cut enough), None for a model that knows no cuts. story: a caption of the
+    whole, read before every prompt. renoise: see `samplers.few_step`. The noise depends on `seed` and the frame alone,
+    so the video does not depend on when its pieces were appended. Autocast is the caller's; codec and cameras run
+    outside it. ValueError for parts that cannot stream and sizes that do not fit.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class Session:
         first_frame: Tensor | None = None,
         group_cameras: Callable[[Cameras, int], LatentCameras] | None = None,
         cut_prefix: str | None = None,
+        story: str = "",
         renoise: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -143,7 +144,8 @@ class Session:
             )
         self.denoiser, self.codec, self.text = denoiser, codec, text
         self.sigmas, self.chunk, self.fps, self.renoise = sigmas, chunk, fps, renoise
-        self.group_cameras, self.cut_prefix, self.device = group_cameras, cut_prefix, torch.device(device)
+        self.group_cameras, self.cut_prefix, self.story = group_cameras, cut_prefix, story
+        self.device = torch.device(device)
         shape_CHW = (codec.channels, size_hw[0] // height, size_hw[1] // width)
         self._noise = frame_noise([seed], shape_CHW, device)
         self._state = denoiser.new_state()
@@ -182,6 +184,7 @@ class Session:
         frames = self.frames_in(seconds)
         self._check(frames, cut, camera)
         camera = None if camera is None else camera.to(self.device)
+        prompt = f"{self.story} {prompt}" if self.story else prompt  # as `data.modules` tells it in training
         new = -(-frames // self.stride)
         total = self._latents + new
         self._shot += cut

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgr.models import causal_video_weights, weights
-from vgr.nn.causal_attention import Call, CausalAttention, Gathered, PaddedCrossAttention, Query
+from vgr.nn.causal_attention import Call, CausalAttention, PaddedCrossAttention, Query
 from vgr.nn.embed import patches, pixels, sinusoid
-from vgr.nn.memory import Frame, KeyValues, MemoryPolicy
+from vgr.nn.memory import CausalVideoState, Frame, Gathered, KeyValues, Made, MemoryPolicy, committed
 from vgr.nn.norm import modulated_norm
 from vgr.nn.precision import Linear32, in_own_precision
 from vgr.nn.rope import rope_table
@@ -58,30 +58,6 @@ class Block(nn.Module):
         asked = F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
         x = x + self.cross(asked, text, runs)
         return torch.addcmul(x, gate_f, self.ffn(modulated_norm(x, shift_f, scale_f)).float()), own, gathered
-
-
-@dataclasses.dataclass(frozen=True)
-class ChunkMemory:
-    """A committed chunk: its frames and, for each layer, their keys and values. Never changed, so states share it."""
-
-    frames: tuple[Frame, ...]
-    layers: tuple[KeyValues, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class CausalVideoState:
-    """What the model remembers; opaque to callers.
-
-    blocks: committed chunks that may still be read; frames, chunk: latent frames and chunks committed; choices and
-    gathered: what the chunk at work has chosen and read, layer by layer; detach: commits store no graph.
-    """
-
-    blocks: tuple[ChunkMemory, ...]
-    frames: int
-    chunk: int
-    detach: bool
-    choices: dict[tuple[int, int], Tensor] | None = None
-    gathered: tuple[Gathered, ...] | None = None
 
 
 class CausalVideo(nn.Module):
@@ -154,17 +130,36 @@ class CausalVideo(nn.Module):
     ) -> dict[str, float]:
         """GB that a rollout of latent frames on a grid of cells will hold, per rank, weights and activations apart.
 
-        read: keys and values that the chunk at work attends to, rotated and together; history: those kept of
-        committed frames, on the device or the host as `place` says; means: what routing scores (spec 4.4).
+        read: keys and values that the chunk at work attends to, rotated and together (of one layer at a time where all
+        history is recomputed); history: what is kept of committed frames; host: the part of it in host memory; means:
+        what routing scores (spec 4.4). Where the place is "recomputed": again, GB while old commits run again, their
+        tokens and one layer's keys and values; again_chunks and again_pflop, how many run again, and their arithmetic,
+        for one reading at the end of the video. A chunk reads once, under full history or per_step in every call.
+        ValueError for ranks that the heads do not divide among.
         """
+        cells = self._cells(grid[0] * grid[1], ranks)
         policy, layers, width = self.policy, len(self.blocks), self.heads * self.head_dim / ranks
-        frame = 2 * grid[0] * grid[1] * width * bytes_per_number * layers / 1e9
-        near = frames if policy.window is None else min(frames, policy.window * chunk + (policy.window > 0))
+        layer = 2 * cells * width * bytes_per_number / 1e9
+        full = policy.window is None
+        near = frames if full else min(frames, policy.window * chunk + (policy.window > 0))
         sinks = sum(1 + -(-n // chunk) * chunk for n in (policy.sink, policy.shot_sink) if n)  # whole chunks are kept
         reach = min(frames, near + sinks + policy.routed + chunk)
-        kept = frames if policy.window is None or policy.routed else min(frames, near + sinks)
-        means = frames * width * 4 * layers / 1e9 if policy.routed else 0.0
-        return {"read": reach * frame, "history": kept * frame, "means": means}
+        kept, inside = frames if full or policy.routed else min(frames, near + sinks), 0 if full else near
+        plan = {"read": reach * layer * layers, "history": kept * layer * layers, "host": 0.0}
+        plan["means"] = frames * width * 4 * layers / 1e9 if policy.routed else 0.0
+        if policy.place == "pinned":
+            plan["host"] = (kept - inside) * layer * layers
+        if policy.place == "recomputed" and kept > inside:
+            away = (frames if policy.shot_sink else kept) - inside
+            plan["means"] *= inside / frames
+            plan["history"] = inside * layer * layers + away * cells * PATCH**2 * self.in_channels * 4e-9
+            plan["read"] /= layers if full else 1
+            plan["again"] = away * (layer + cells * width * 4e-9)
+            weights = sum(p.numel() for name, p in self.blocks.named_parameters() if ".cross.kv." not in name) / ranks
+            attended = cells * (frames / 2 if full else reach)
+            flop = 2 * chunk * cells * (weights + 2 * attended * width * layers)
+            plan |= {"again_chunks": away / chunk, "again_pflop": away / chunk * flop / 1e15}
+        return plan
 
     def lean(self, state: CausalVideoState) -> CausalVideoState:
         """The state without what a call reads again from its blocks and choices."""
@@ -190,44 +185,84 @@ class CausalVideo(nn.Module):
         """
         grid = x.shape[3] // PATCH, x.shape[4] // PATCH
         frames = self._check(x, t, cond, state, commit)
-        own = None if shard is None else self._cells(grid[0] * grid[1], shard)
+        own = None if shard is None else slice(*shard.frames(self._cells(grid[0] * grid[1], shard.size)))
         call = self._call(frames, cond.layout, grid, state, commit, x.device)
-        cells = patches(x.float(), PATCH)
-        tokens = self.patch_embed(cells if own is None else cells[:, :, own]).float()
-        t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
-        modulation = self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
-        runs = _runs(frames)
-        args = (modulation, self._text(cond), runs, call)
+        tokens, t_emb, modulation = self._tokens(x, t, own)
+        args = (modulation, self._text(cond), _runs(frames), call)
         reuse = state is not None and state.gathered is not None and (commit or not self._rechoose)
+        again = [] if state is None or (reuse and len(call.queries) == 1) else self._again(state, grid, own)
+        # A graph's tensors serve one call, and all of a history made again is what was not to be kept.
+        keep = state is not None and state.detach and not (commit or self.policy.makes_all_again)
         kept, gathered = [], []
         for i, block in enumerate(self.blocks):
-            past = [] if state is None else [b.layers[i] for b in state.blocks]
+            past = [] if state is None else self._past(state, i, again, shard)
             ready = state.gathered[i] if reuse else None
             if self.activation_checkpointing and self.training:
                 tokens, kv, read = checkpoint(block, tokens, *args, past, ready, shard, use_reentrant=False)
             else:
                 tokens, kv, read = block(tokens, *args, past, ready, shard)
-            kept.append(kv)
-            gathered.append(read)
+            if commit:
+                kept.append(kv)
+            if keep:
+                gathered.append(read)
+            del past, ready, kv, read
         shift, scale = (t_emb.unsqueeze(2) + self.final_table).unsqueeze(3).unbind(2)
         out = self.final(modulated_norm(tokens, shift, scale)).float()
         out = pixels(out if shard is None else shard.all_gather(out, 2, grid[0] * grid[1]), grid, PATCH)
         if state is None:
             return out, None
         if commit:
-            return out, self._committed(state, frames, kept)
-        gathered = tuple(gathered) if state.detach else None  # a graph's tensors serve one call
-        return out, dataclasses.replace(state, choices=dict(call.choices), gathered=gathered)
+            made = Made(x, t, cond, call.choices)
+            return out, committed(state, self.policy, [f for f, _ in frames], kept, made)
+        return out, dataclasses.replace(state, choices=dict(call.choices), gathered=tuple(gathered) or None)
 
-    def _cells(self, cells: int, shard: Shard) -> slice:
-        """This rank's cells of every frame. ValueError for ranks that heads or cells do not divide among."""
-        if self.heads % shard.size or cells < shard.size:
+    def _tokens(self, x: Tensor, t: Tensor, own: slice | None) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's tokens (B,T,S,D) and, per frame, the time embedding (B,T,D) and the modulation (B,T,6,D)."""
+        cells = patches(x.float(), PATCH)
+        tokens = self.patch_embed(cells if own is None else cells[:, :, own]).float()
+        t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
+        return tokens, t_emb, self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
+
+    @torch.no_grad()
+    def _again(
+        self, state: CausalVideoState, grid: tuple[int, int], own: slice | None
+    ) -> list[tuple[Tensor, tuple[Any, ...]]]:
+        """Tokens and blocks' arguments of the chunks, the oldest, whose keys and values are not kept."""
+        found, texts, table = [], {}, None
+        for n, made in enumerate(block.made for block in state.blocks if not block.layers):
+            before = dataclasses.replace(state, blocks=state.blocks[:n], choices=made.choices)
+            frames = [(f, 0) for f in state.blocks[n].frames]
+            call = self._call(frames, made.cond.layout, grid, before, True, made.x.device)
+            if not self.policy.rotates_once:  # positions 0, 1, ... of all chunks: one table serves
+                table = call.table if table is None or len(call.table) > len(table) else table
+                call = dataclasses.replace(call, table=table)
+            tokens, _, modulation = self._tokens(made.x, made.t, own)
+            if id(made.cond.text) not in texts:  # chunks of a shot share theirs
+                texts[id(made.cond.text)] = self._text(made.cond)
+            found.append((tokens, (modulation, texts[id(made.cond.text)], _runs(frames), call)))
+        return found
+
+    @torch.no_grad()
+    def _past(
+        self, state: CausalVideoState, layer: int, again: list[tuple[Tensor, tuple[Any, ...]]], shard: Shard | None
+    ) -> list[KeyValues]:
+        """Keys and values of the memory for a layer; those of chunks in `again`, which go on to the next, made anew."""
+        past: list[KeyValues] = []
+        for n, (tokens, args) in enumerate(again):
+            tokens, kv, _ = self.blocks[layer](tokens, *args, past, None, shard)
+            again[n] = tokens, args
+            past.append(kv)
+        return past + [block.layers[layer] for block in state.blocks if block.layers]
+
+    def _cells(self, cells: int, ranks: int) -> int:
+        """Cells of a frame. ValueError for ranks that heads or cells do not divide among."""
+        if self.heads % ranks or cells < ranks:
             fit = [n for n in range(2, self.heads + 1) if self.heads % n == 0 and n <= cells]
             raise ValueError(
-                f"{self.heads} heads and {cells} cells a frame cannot be split over {shard.size} context ranks; "
+                f"{self.heads} heads and {cells} cells a frame cannot be split over {ranks} context ranks; "
                 f"use {', '.join(map(str, fit))}"
             )
-        return slice(*shard.frames(cells))
+        return cells
 
     @property
     def _rechoose(self) -> bool:
@@ -243,17 +278,17 @@ class CausalVideo(nn.Module):
                 f"got {tuple(x.shape)} and {tuple(t.shape)}"
             )
         layout = cond.layout
-        numbers = torch.cat([torch.stack([layout.position, layout.chunk, layout.role]), layout.shot]).tolist()
-        position, chunk, role, *shots = numbers
+        prompt = layout.shot if cond.prompt is None else cond.prompt
+        numbers = torch.cat([torch.stack([layout.position, layout.chunk, layout.role]), layout.shot, prompt]).tolist()
+        (position, chunk, role), shots, prompts = numbers[:3], numbers[3 : 3 + len(prompt)], numbers[-len(prompt) :]
         if len(position) != x.shape[2]:
             raise ValueError(f"cond.layout must hold the {x.shape[2]} latent frames of x, got {len(position)}")
-        frames = [(Frame(p, c, s), r) for p, c, r, *s in zip(position, chunk, role, *shots)]
-        frames = [(dataclasses.replace(f, shot=tuple(f.shot)), r) for f, r in frames]
+        frames = [(Frame(*f), r) for r, *f in zip(role, position, chunk, zip(*shots), zip(*prompts))]
         most = cond.text.mask.shape[1]
-        if 1 < most <= max(map(max, shots)):  # one text serves every shot
+        if 1 < most <= max(map(max, prompts)):  # one text serves every shot
             raise ValueError(
-                f"cond.layout names shot {max(map(max, shots))} (from 0), but cond.text has {most}: give one text for "
-                "all shots, or one a shot"
+                f"cond.layout names shot {max(map(max, prompts))} (from 0), but cond.text has {most}: give one text "
+                "for all shots, or one a shot"
             )
         if cond.text.states.shape[2] > self.text_length:
             raise ValueError(f"texts have {self.text_length} places, got {cond.text.states.shape[2]}: cut them")
@@ -327,31 +362,6 @@ class CausalVideo(nn.Module):
         states = cond.text.states * cond.text.mask.unsqueeze(-1)
         return self.text_proj(F.pad(states, (0, 0, 0, 1)))
 
-    def _committed(
-        self, state: CausalVideoState, frames: list[tuple[Frame, int]], kept: list[KeyValues]
-    ) -> CausalVideoState:
-        """The state with the call's chunks, without what no later chunk reads, older ones at the policy's place."""
-        own = [f for f, _ in frames]
-        blocks = list(state.blocks)
-        for chunk in sorted({f.chunk for f in own}):
-            inside = [i for i, f in enumerate(own) if f.chunk == chunk]
-            a, b = inside[0], inside[-1] + 1
-            layers = tuple(_cut(kv, a, b, state.detach) for kv in kept)
-            blocks.append(ChunkMemory(tuple(own[a:b]), layers))
-        upcoming = own[-1].chunk + 1
-        every = [f for block in blocks for f in block.frames]
-        wanted = {f.position for f, yes in zip(every, self.policy.kept(every, upcoming)) if yes}
-        blocks = [block for block in blocks if any(f.position in wanted for f in block.frames)]
-        if self.policy.place == "pinned" and self.policy.window is not None:
-            blocks = [self._on_host(block, upcoming) for block in blocks]
-        return CausalVideoState(tuple(blocks), state.frames + len(own), upcoming, state.detach)
-
-    def _on_host(self, block: ChunkMemory, upcoming: int) -> ChunkMemory:
-        """A block that has left the window, its keys and values in host memory."""
-        if block.frames[0].chunk >= upcoming - self.policy.window or block.layers[0].k.device.type == "cpu":
-            return block
-        return ChunkMemory(block.frames, tuple(kv.at("cpu") for kv in block.layers))
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a new or empty folder; it appears whole or not at all."""
         weights.save_folder(folder, "CausalVideo", self.config, self.state_dict())
@@ -375,18 +385,12 @@ class CausalVideo(nn.Module):
         return weights.load(cls, causal_video_weights, source, revision, partial, dtype, settings)
 
 
-def _cut(kv: KeyValues, a: int, b: int, detach: bool) -> KeyValues:
-    """Frames a to b; detached ones are copies, so that dropping other frames of a call frees their memory."""
-    parts = [None if x is None else x[:, a:b] for x in (kv.k, kv.v, kv.mean)]
-    return KeyValues(*(x.detach().clone() if detach and x is not None else x for x in parts))
-
-
 def _runs(frames: list[tuple[Frame, int]]) -> list[tuple[int, int, list[int]]]:
-    """Stretches of frames that show the same shot in every sample."""
+    """Stretches of frames that read the same text in every sample."""
     runs: list[tuple[int, int, list[int]]] = []
     for i, (frame, _) in enumerate(frames):
-        if runs and runs[-1][2] == list(frame.shot):
+        if runs and runs[-1][2] == list(frame.prompt):
             runs[-1] = (runs[-1][0], i + 1, runs[-1][2])
         else:
-            runs.append((i, i + 1, list(frame.shot)))
+            runs.append((i, i + 1, list(frame.prompt)))
     return runs

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgr.nn.memory import KeyValues, MemoryPolicy, route, take
+from vgr.nn.memory import Gathered, KeyValues, MemoryPolicy, route, take
 from vgr.nn.norm import RMSNorm
 from vgr.nn.rope import rotate
 from vgr.types import Shard
@@ -49,10 +49,6 @@ class Call:
     own: tuple[int, int]
     table: Tensor
     choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-
-# Of one layer and chunk: rotated keys and values (B,n,S,N,K) of what it reads, and which are real (B,n), None if all.
-Gathered = tuple[Tensor, Tensor, Tensor | None]
 
 
 class CausalAttention(nn.Module):

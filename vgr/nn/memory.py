@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from vgr.types import Shard
+from vgr.types import Conditioning, Shard
 
-PLACES = ("device", "pinned")
+PLACES = ("device", "pinned", "recomputed")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class MemoryPolicy:
     in ascending time, the own chunk last, so no rollout leaves the trained span; else positions are absolute.
     per_step: the choice is made anew in each denoising step instead of in a chunk's first. route_layer: the layer
     that chooses for itself and all later ones (None: each for itself); earlier ones choose for themselves.
-    place: "device", or "pinned" host memory for what has left the window. ValueError for what does not go together.
+    place: of what has left the window (all, without a window): "device", "pinned" host memory, or "recomputed": only
+    latents and what they were committed under are kept, and the commits run again, in order and layer by layer, when
+    a chunk reads. Keys of an old chunk depend on what it had read itself, so nothing less gives the same numbers.
+    ValueError for what does not go together.
     """
 
     window: int | None = None
@@ -59,9 +62,14 @@ class MemoryPolicy:
         """Keys are rotated by absolute positions, once: also where what is read is one stretch, which is the same."""
         return not self.relative or not (self.sink or self.shot_sink or self.routed)
 
+    @property
+    def makes_all_again(self) -> bool:
+        """Nothing of the past is kept but latents, not even what a chunk has read: its every call reads anew."""
+        return self.place == "recomputed" and self.window is None
+
     def kept(self, frames: Sequence[Frame], upcoming: int) -> list[bool]:
-        """Which frames of the past a chunk from `upcoming` on may read."""
-        if self.window is None or self.routed:
+        """Which frames of the past a chunk from `upcoming` on may read, or needs to make again what it reads."""
+        if self.window is None or self.routed or (self.place == "recomputed" and self.shot_sink):
             return [True] * len(frames)
         last = frames[-1].shot
         starts = {(b, s): [f.position for f in frames if f.shot[b] == s][: self.shot_sink] for b, s in enumerate(last)}
@@ -93,11 +101,12 @@ class MemoryPolicy:
 
 @dataclass(frozen=True)
 class Frame:
-    """A latent frame as the policy sees it: position in the video, chunk, and the shot it shows in each sample."""
+    """A latent frame: position in the video, chunk, and in each sample the shot it shows and the text it reads."""
 
     position: int
     chunk: int
     shot: tuple[int, ...]
+    prompt: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,86 @@ class KeyValues:
             return KeyValues(*(x.to(device, non_blocking=True) for x in (self.k, self.v)), self.mean)
         copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x) for x in (self.k, self.v)]
         return KeyValues(*copies, self.mean)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a chunk was committed with, to do it again: latents (B,C,T,H,W), times (B,T), cond and routing's choices."""
+
+    x: Tensor
+    t: Tensor
+    cond: Conditioning
+    choices: dict[tuple[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """A committed chunk: its frames and, for each layer, their keys and values. Never changed, so states share it.
+
+    made: where the place is "recomputed"; layers are empty then once the chunk has left the window.
+    """
+
+    frames: tuple[Frame, ...]
+    layers: tuple[KeyValues, ...]
+    made: Made | None = None
+
+
+# Of one layer and chunk: rotated keys and values (B,n,S,N,K) of what it reads, and which are real (B,n), None if all.
+Gathered = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class CausalVideoState:
+    """What the model remembers; opaque to callers.
+
+    blocks: committed chunks that may still be read; frames, chunk: latent frames and chunks committed; choices and
+    gathered: what the chunk at work has chosen and read, layer by layer; detach: commits store no graph.
+    """
+
+    blocks: tuple[ChunkMemory, ...]
+    frames: int
+    chunk: int
+    detach: bool
+    choices: dict[tuple[int, int], Tensor] | None = None
+    gathered: tuple[Gathered, ...] | None = None
+
+
+def committed(
+    state: CausalVideoState, policy: MemoryPolicy, frames: list[Frame], kept: list[KeyValues], made: Made
+) -> CausalVideoState:
+    """The state with a call's chunks, without what no later chunk reads, older ones at the policy's place."""
+    blocks = list(state.blocks)
+    for chunk in sorted({f.chunk for f in frames}):
+        inside = [i for i, f in enumerate(frames) if f.chunk == chunk]
+        a, b = inside[0], inside[-1] + 1
+        own = None
+        if policy.place == "recomputed" and state.detach:
+            choices = {key: choice for key, choice in made.choices.items() if key[1] == chunk}
+            cond = replace(made.cond.frames(a, b), cameras=None)
+            own = Made(made.x[:, :, a:b].detach().clone(), made.t[:, a:b], cond, choices)
+        layers = tuple(_cut(kv, a, b, state.detach) for kv in kept)
+        blocks.append(ChunkMemory(tuple(frames[a:b]), layers, own))
+    upcoming = frames[-1].chunk + 1
+    every = [f for block in blocks for f in block.frames]
+    wanted = {f.position for f, yes in zip(every, policy.kept(every, upcoming)) if yes}
+    blocks = [block for block in blocks if any(f.position in wanted for f in block.frames)]
+    window = policy.window or 0
+    blocks = [_away(b, policy) if b.frames[0].chunk < upcoming - window else b for b in blocks]
+    return CausalVideoState(tuple(blocks), state.frames + len(frames), upcoming, state.detach)
+
+
+def _away(block: ChunkMemory, policy: MemoryPolicy) -> ChunkMemory:
+    """A block that has left the window, at the policy's place."""
+    if block.made is not None:
+        return replace(block, layers=())
+    there = policy.place != "pinned" or block.layers[0].k.device.type == "cpu"
+    return block if there else replace(block, layers=tuple(kv.at("cpu") for kv in block.layers))
+
+
+def _cut(kv: KeyValues, a: int, b: int, detach: bool) -> KeyValues:
+    """Frames a to b; detached ones are copies, so that dropping other frames of a call frees their memory."""
+    parts = [None if x is None else x[:, a:b] for x in (kv.k, kv.v, kv.mean)]
+    return KeyValues(*(x.detach().clone() if detach and x is not None else x for x in parts))
 
 
 def route(query: Tensor, means: Tensor, count: int, shard: Shard | None = None) -> Tensor:

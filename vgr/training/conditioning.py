@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgr.data.modules import EncodedCaption, ShardData
@@ -20,21 +21,32 @@ Captions = tuple[tuple[str, ...], ...]
 
 
 def conditioning(
-    text: TextEncoder, captions: Captions, cameras: Cameras, shot_BT: Tensor, stride: int, chunk: int | None
-) -> Conditioning:
+    text: TextEncoder, captions: Captions, cameras: Cameras, shot_BT: Tensor, stride: int, chunk: int | None,
+    cut_prefix: str | None = None,
+) -> Conditioning:  # fmt: skip
     """For a denoiser; poses stay fp32 under autocast. stride: raw frames of a latent frame; chunk: latent frames.
 
     Cuts are moved to chunk edges: a chunk shows the shot of most of its frames, of equals the earlier (causal video,
-    spec 3.1). Without chunks every frame keeps its shot.
+    spec 3.1). Without chunks every frame keeps its shot. cut_prefix: marks a cut, as `diffusion.rollout.Session` does:
+    it stands before the caption in the first chunk of a new shot. Empty captions, the null text, get none.
     """
     batch, frames = shot_BT.shape
     with torch.autocast(shot_BT.device.type, enabled=False):
         grouped = group_by_latent(cameras, stride)
+    prompt = None
     layout = Layout.chunked(batch, frames, chunk or frames, shot_BT.device)
     if chunk is not None and bool((shot_BT != shot_BT[:, :1]).any()):
         parts = [shot_BT[:, layout.chunk == c] for c in layout.chunk.unique()]
         shot_BT = torch.cat([part.mode(dim=1, keepdim=True).values.expand_as(part) for part in parts], dim=1)
-    return Conditioning(dataclasses.replace(layout, shot=shot_BT), text(captions), grouped)
+        if cut_prefix:
+            most = max(map(len, captions))
+            starts = [shot_BT[:, chunk.nonzero()[0]] for chunk in (layout.chunk == c for c in layout.chunk.unique())]
+            starts_BN = torch.cat(starts, dim=1)
+            cut_BN = F.pad(starts_BN[:, 1:] != starts_BN[:, :-1], (1, 0))
+            prompt = shot_BT + most * cut_BN[:, layout.chunk]
+            marked = (tuple(cut_prefix + caption if caption else "" for caption in row) for row in captions)
+            captions = tuple(row + ("",) * (most - len(row)) + own for row, own in zip(captions, marked))
+    return Conditioning(dataclasses.replace(layout, shot=shot_BT), text(captions), grouped, prompt)
 
 
 def dropped(batch: VideoBatch, seed: int, text_dropout: float, camera_dropout: float) -> tuple[Captions, Cameras]:

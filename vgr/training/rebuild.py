@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vgr.models.umt5 import UMT5Text
 from vgr.models.wan_vae import WanCodec
 from vgr.models.world_model import WorldModel
 from vgr.nn import lora
-from vgr.training import checkpoints
+from vgr.training import budget, checkpoints
 from vgr.types import Codec
 
 PARTS = (WorldModel, CausalVideo, ByteTextEncoder, Gemma2Text, UMT5Text, CosineCodec, LTX2Codec, WanCodec)
@@ -27,12 +28,14 @@ KNOWN = {part.__name__: part for part in PARTS}
 WEIGHTS = {"WorldModel": world_model_weights, "CausalVideo": causal_video_weights}
 
 
-def rebuild(checkpoint: Path) -> dict[str, Any]:
+def rebuild(checkpoint: Path, memory: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """{"model", "text", "codec"} with averaged weights; classes are chosen by name from KNOWN, never imported.
 
+    memory: settings of a causal video model's memory, instead of its own.
     FileNotFoundError or ValueError name what is missing, damaged or does not fit.
     """
     record, tensors = read(checkpoint)
+    record = budget.with_memory(record, memory)
     parts: dict[str, Any] = {}
     for part in ("model", "text", "codec"):
         if record[part]["class"] not in KNOWN:
@@ -45,13 +48,16 @@ def rebuild(checkpoint: Path) -> dict[str, Any]:
     return parts
 
 
-def rebuild_teacher(run: str | Path, codec: Codec | None = None, chunk: int | None = None) -> dict[str, Any]:
+def rebuild_teacher(
+    run: str | Path, codec: Codec | None = None, chunk: int | None = None, cut_prefix: str | None = None
+) -> dict[str, Any]:
     """`rebuild` of a run that is asked for whole clips, or for chunks of `chunk` latent frames under their past.
 
-    In latents of `codec` if given. ValueError if it cannot be.
+    In latents of `codec` if given, and then with cuts marked by `cut_prefix`. ValueError if it cannot be.
     """
     checkpoint = checkpoints.resolve(Path(run))
-    own = checkpoints.read_generator(checkpoint).get("chunk")
+    record = checkpoints.read_generator(checkpoint)
+    own, marked = record.get("chunk"), record["sampling"].get("cut_prefix") or ""
     if own is not None and chunk is None:
         raise ValueError(
             f"teacher={run} is chunk-causal (its training.chunk={own}); a teacher sees whole clips: give a "
@@ -59,6 +65,8 @@ def rebuild_teacher(run: str | Path, codec: Codec | None = None, chunk: int | No
         )
     if own != chunk:
         raise ValueError(f"teacher={run} has training.chunk={own}, but is asked in chunks of {chunk}: give one of such")
+    if codec is not None and chunk is not None and marked != (cut_prefix or ""):
+        raise ValueError(f"teacher={run} has sampling.cut_prefix={marked!r}, this run {cut_prefix!r}: set it so")
     if codec is not None:
         refuse_other_codec("teacher", run, codec)
     return rebuild(checkpoint)

@@ -65,7 +65,8 @@ class SelfForcing(pl.LightningModule):
     clean samples before it in one packed call; teacher and critic are models of that kind. image: the clip's first
     latent frame is given. sigmas: the student's times, falling from 1 to 0. chunk: latent frames of a chunk.
     critic_steps: critic updates, at lr * critic_lr_factor, for one of the student. guidance: of the teacher's score,
-    against `negative` (a prompt; "" is the null text). score_shift: flow shift of the times the scores are asked at.
+    against `negative` (a prompt; "" is the null text). cut_prefix: see `training.conditioning`.
+    score_shift: flow shift of the times the scores are asked at.
     judge: a head on the critic (`models.critic.Judge`), whose loss on the samples counts `adversarial` times (causal
     video, eq. 11); true samples are the data's. segment: chunks of one update, of a sequence that grows segment by
     segment from the student's detached memory (causal video, spec 6.4; None: all); the scores also see `overlap`
@@ -85,6 +86,7 @@ class SelfForcing(pl.LightningModule):
         max_samples: int,
         sigmas: Sequence[float],
         chunk: int,
+        cut_prefix: str | None = None,
         lr: float = 1e-5,
         critic_lr_factor: float = 0.2,
         critic_steps: int = 5,
@@ -123,7 +125,7 @@ class SelfForcing(pl.LightningModule):
         self.teacher = nn.ModuleDict(teacher).requires_grad_(False)
         average = {"model": copy.deepcopy(model), "text": text}
         self.ema = nn.ModuleDict(average).requires_grad_(False)
-        self.chunk, self.stride = chunk, codec.stride[0]
+        self.chunk, self.stride, self.cut_prefix = chunk, codec.stride[0], cut_prefix
         self.sigmas = torch.tensor(list(sigmas), dtype=torch.float64)
         self.seed, self.global_batch, self.max_samples = seed, global_batch, max_samples
         self.rates, self.critic_steps, self.clip = (lr, lr * critic_lr_factor), critic_steps, clip
@@ -155,8 +157,8 @@ class SelfForcing(pl.LightningModule):
         """The segments of a sequence in order; send the latents (B,C,T,H,W) of each and the state that holds them."""
         args = (batch.captions, batch.cameras, batch.shot, self.stride)
         with torch.no_grad():
-            cond = conditioning(self.text, *args, self.chunk)
-            whole = conditioning(self.teacher["text"], *args, self.chunk if self.packed else None)
+            cond = conditioning(self.text, *args, self.chunk, self.cut_prefix)
+            whole = conditioning(self.teacher["text"], *args, self.chunk if self.packed else None, self.cut_prefix)
         chunks = chunk_bounds(cond.layout)
         each = self.segment or len(chunks)
         spans = [(part[0][0], part[-1][1]) for part in (chunks[i : i + each] for i in range(0, len(chunks), each))]
@@ -345,7 +347,7 @@ class SelfForcing(pl.LightningModule):
         self.ema.eval()
         return validation.validate(
             self.ema["model"], self.ema["text"], batches, self.validation_levels, seed=self.seed, stride=self.stride,
-            chunk=self.chunk, device=self.device, packed=self.packed,
+            chunk=self.chunk, device=self.device, packed=self.packed, cut_prefix=self.cut_prefix,
         )  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:

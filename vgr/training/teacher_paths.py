@@ -39,6 +39,8 @@ class TeacherPaths:
         # A causal teacher walks the shift of uniform times, on which those of its student lie (causal video, spec 5).
         self.grid = sigma_grid(steps, shift) if chunk is None else few_step_sigmas(steps, shift)
         self.parts = rebuild_teacher(teacher, chunk=chunk)
+        self.cut_prefix = checkpoints.read_generator(self.checkpoint)["sampling"].get("cut_prefix")
+        self.story = checkpoints.read_state(self.checkpoint)["config"]["data"].get("story", True)
         self.shards = Shards(clips, self.parts["codec"].fingerprint)
         self.settings = {"steps": steps, "shift": shift, "guidance": guidance, "clips": clips}
         self.chunk, self.image, self.negative = chunk, image, negative
@@ -65,9 +67,10 @@ class TeacherPaths:
             while done < count:
                 numbers = range(done, min(done + self.batch, count))
                 samples = [self.shards.read(i % len(self.shards)) for i in numbers]
-                batch = collate(samples, numbers, self.frames).to(device)
+                batch = collate(samples, numbers, self.frames, self.story).to(device)
                 with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                    cond = conditioning(text, batch.captions, batch.cameras, batch.shot, codec.stride[0], self.chunk)
+                    args = (batch.captions, batch.cameras, batch.shot, codec.stride[0])
+                    cond = conditioning(text, *args, self.chunk, self.cut_prefix)
                     negative = text(tuple((self.negative,) * len(row) for row in batch.captions))
                     noise = normal_like(batch.latents, seed, "trajectory", batch.position)
                     denoiser = guided(model, self.guidance, negative)

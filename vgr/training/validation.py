@@ -60,6 +60,7 @@ def validate(
     chunk: int | None,
     device: Any,
     packed: bool = False,
+    cut_prefix: str | None = None,
 ) -> Validation:
     """Losses on fixed clips with fixed noise, first frame clean, cameras own and from another clip.
 
@@ -79,7 +80,7 @@ def validate(
         batch = batch.to(device)
         denoiser = teacher_forced(network, batch.latents) if packed else network
         for cameras, rows in ((batch.cameras, own), (swapped, shuffled))[: 1 + network.takes_cameras]:
-            cond = conditioning(text, batch.captions, cameras, batch.shot, stride, chunk)
+            cond = conditioning(text, batch.captions, cameras, batch.shot, stride, chunk, cut_prefix)
             losses = []
             for level in levels:
                 noise = normal_like(batch.latents, seed, f"validation {level:g}", clips)

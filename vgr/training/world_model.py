@@ -35,6 +35,7 @@ class WorldModelTraining(pl.LightningModule):
     model sees beside it in one packed call (causal video, spec 3.2). teacher: {"model", "text"}, frozen, for an
     objective that takes the velocities of a teacher, guided by `guidance` against `negative` (a prompt), and of the
     average (`distillation.consistency`). chunk: latent frames of a chunk, None for the bidirectional model.
+    cut_prefix: what stands before the caption in the first chunk after a cut (`training.conditioning`).
     warmup_samples, max_samples and ema_half_life are counted in samples (clips). clip: largest gradient norm. schedule:
     "constant" or "cosine" (to a tenth at max_samples). camera_dropout: probability that a clip's camera stands still
     at the first frame's pose instead (the world model always takes cameras).
@@ -55,6 +56,7 @@ class WorldModelTraining(pl.LightningModule):
         guidance: float = 1.0,
         negative: str = "",
         chunk: int | None = None,
+        cut_prefix: str | None = None,
         lr: float = 1e-3,
         warmup_samples: int = 0,
         schedule: str = "constant",
@@ -80,7 +82,7 @@ class WorldModelTraining(pl.LightningModule):
         self.ema = nn.ModuleDict(average).requires_grad_(False)
         self.teacher = None if teacher is None else nn.ModuleDict(teacher).requires_grad_(False)
         self.guidance, self.negative, self.packed = guidance, negative, packed
-        self.objective, self.chunk, self.stride = objective, chunk, codec.stride[0]
+        self.objective, self.chunk, self.stride, self.cut_prefix = objective, chunk, codec.stride[0], cut_prefix
         self.seed, self.global_batch, self.max_samples = seed, global_batch, max_samples
         self.lr, self.warmup_samples, self.schedule, self.clip = lr, warmup_samples, schedule, clip
         self.weight_decay, self.betas, self.eps = weight_decay, tuple(betas), eps
@@ -103,7 +105,7 @@ class WorldModelTraining(pl.LightningModule):
     def _sample_losses(self, batch: VideoBatch) -> Tensor:
         """Loss of each clip (B,) after text and camera dropout, in fp32."""
         captions, cameras = dropped(batch, self.seed, self.text_dropout, self.camera_dropout)
-        cond = conditioning(self.text, captions, cameras, batch.shot, self.stride, self.chunk)
+        cond = conditioning(self.text, captions, cameras, batch.shot, self.stride, self.chunk, self.cut_prefix)
         told = self._velocities(batch, cond)
         noised = self.objective(batch.latents, batch.position, cond.layout.chunk, self.seed, **told)
         if self.packed != (noised.context is not None):
@@ -122,7 +124,8 @@ class WorldModelTraining(pl.LightningModule):
             return {}
         model, text = self.teacher["model"], self.teacher["text"]
         with torch.no_grad():
-            own = conditioning(text, batch.captions, batch.cameras, batch.shot, self.stride, self.chunk)
+            args = (batch.captions, batch.cameras, batch.shot, self.stride, self.chunk, self.cut_prefix)
+            own = conditioning(text, *args)
             negative = text(tuple((self.negative,) * len(row) for row in batch.captions))
 
         def of(denoiser: Denoiser, cond: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
@@ -207,7 +210,7 @@ class WorldModelTraining(pl.LightningModule):
         self.ema.eval()
         return validation.validate(
             self.ema["model"], self.ema["text"], batches, self.validation_levels, seed=self.seed, stride=self.stride,
-            chunk=self.chunk, device=self.device, packed=self.packed,
+            chunk=self.chunk, device=self.device, packed=self.packed, cut_prefix=self.cut_prefix,
         )  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from vgr import command
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vgr.data.folder import FolderSource
     from vgr.training.teacher_paths import TeacherPaths
 
 
@@ -23,8 +26,14 @@ def body(cfg: DictConfig) -> None:
     """Prepare the train and val split that cfg describes, val first since it is the smaller."""
     from hydra.utils import instantiate
 
+    from vgr.data.files import write_json
     from vgr.data.prepare import prepare_split
 
+    if cfg.inspect is not None:
+        from vgr.report import inspect
+
+        print(f"{inspect.write(cfg.inspect)}: open it in a browser")
+        return
     command.check_targets(cfg.source, "source")
     source = instantiate(cfg.source)
     if cfg.codec is None:  # the source brings latents of its own, of training clips only
@@ -34,12 +43,44 @@ def body(cfg: DictConfig) -> None:
     codec = instantiate(cfg.codec)
     told = read_text(cfg)
     workers = cfg.workers or len(os.sched_getaffinity(0))
+    if scanned := hasattr(source, "scan"):
+        scan(source, Path(cfg.out), workers)
     for split, clips in (("val", cfg.val_clips), ("train", cfg.train_clips)):
         folder = Path(cfg.out) / split
+        if scanned:
+            clips = min(source.count(split), math.inf if clips is None else clips)
+            left_out = source.left_out(split)
+            if not clips:
+                print(f"{folder}: no clips in this part")
+                continue
+            told["about"] = {"left_out": {rule: len(entries) for rule, entries in left_out.items()}}
+        elif clips is None:
+            raise ValueError(f"{split}_clips=null: all there are, which only data=folder can tell; give a number")
         with command.progress(clips, f"{split} clips") as done:
             new = prepare_split(source, codec, folder, split, clips, cfg.seed, workers=workers,
                                 keep_video=cfg.keep_video, progress=done, **told)
-        print(f"{folder}: {clips} clips" + (f", {new} new" if new else ", nothing to do"))
+        if scanned:
+            write_json(folder / "dropped.json", [x for entries in left_out.values() for x in entries])
+        mean = json.loads((folder / "manifest.json").read_text()).get("round_trip")
+        psnr = f", codec {mean['psnr_db']:.1f} dB on {mean['clips']} of them" if mean else ""
+        print(f"{folder}: {clips} clips" + (f", {new} new" if new else ", nothing to do") + psnr)
+
+
+def scan(source: FolderSource, out: Path, workers: int) -> None:
+    """Finds the clips of a folder's videos, which may take as long as encoding them; says what was left out."""
+    with command.progress((source.bytes() >> 10) + 1, "scanned kB") as done:
+        rest = 0
+
+        def heard(more: int) -> None:
+            nonlocal rest
+            whole, rest = divmod(rest + more, 1 << 10)
+            done(whole)
+
+        source.scan(out / "scan", workers, heard)
+    for split in ("val", "train"):
+        parts = source.left_out(split).items()
+        told = ", ".join(f"{rule} {sum(x['end_s'] - x['start_s'] for x in spans):.0f} s" for rule, spans in parts)
+        print(f"{out / split}: {source.count(split)} clips of {source.splits[split][0]}; left out: {told or 'nothing'}")
 
 
 def read_text(cfg: DictConfig) -> dict[str, Any]:

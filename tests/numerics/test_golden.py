@@ -26,8 +26,8 @@ def losses() -> list[float]:
     source = WorldSource(frames=33, size_hw=(48, 64))
     clips = [clip for visit in range(2) for clip in source.capture(1, "train", visit)][:4]
     samples = [
-        Sample(encode(codec, c.frames).astype(np.float32), c.c2w, c.intrinsics, c.fps, {"shots": c.shots}, f"clip{i}")
-        for i, c in enumerate(clips)
+        Sample(x.astype(np.float32), c.c2w, c.intrinsics, c.fps, {"shots": c.shots}, f"clip{i}")
+        for i, (c, x) in enumerate((c, encode(codec, c.frames[None])[0]) for c in clips)
     ]
     optimizer = module.configure_optimizers()
     found = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vgr.data.modules import MicroBatches, ShardData, collate
-from vgr.data.order import Order
+from vgr.data.order import Mixture, Order
 from vgr.data.shards import ShardWriter
 
 COUNTS = (5, 5, 5, 3)
@@ -183,3 +183,97 @@ def test_collate_takes_clips_of_one_shot(folder):
     samples = [data(folder).train_shards.read(i) for i in (0, 1)]
     batch = collate(samples, [7, 9])
     assert batch.position.tolist() == [7, 9] and batch.keys == ("k0", "k1")
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.5, 0.3, 0.2), (1, 1, 1), (1000, 1, 7), (0.1, 1e-3)])
+def test_each_part_has_its_exact_share_of_every_block(weights):
+    mix, share = Mixture(weights, 5), np.array(weights) / sum(weights)
+    blocks = max(3, 3000 // mix.block)
+    taken = np.array([mix.place(b)[0] for b in range(blocks * mix.block)])
+    for block in range(1, blocks + 1):
+        counts = np.bincount(taken[: block * mix.block], minlength=len(weights))
+        np.testing.assert_array_less(np.abs(counts - share * block * mix.block), 1 + 1e-9)
+    assert len(set(map(tuple, taken.reshape(blocks, -1)))) > 1  # shuffled anew in every block
+    # How many batches of the part went before is told right, and from nothing but (seed, b).
+    b = len(taken) - 7
+    assert Mixture(weights, 5).place(b) == (taken[b], int((taken[:b] == taken[b]).sum()))
+    assert [Mixture(weights, 6).place(b)[0] for b in range(len(taken))] != taken.tolist()
+
+
+def test_weights_that_are_none_are_refused():
+    for weights in ((), (1, 0), (1, -1), (float("nan"), 1)):
+        with pytest.raises(ValueError, match="above 0"):
+            Mixture(weights, 1)
+
+
+def write_size(folder, name, count, frames, side):
+    """Clips called <name><number>, of `frames` frames at side x side pixels."""
+    with ShardWriter(folder, "Toy", "abc", (4, 8, 8), 2, (side, side), 8.0, "CC0", samples_per_shard=4) as writer:
+        for i in range(count):
+            length = frames[i % len(frames)]
+            shots = {"shots": [{"start": 0, "end": length, "caption": name}]}
+            shape = (2, 1 + (length - 1) // 4, side // 8, side // 8)
+            writer.add(f"{name}{i}", np.full(shape, i, np.float16), np.tile(np.eye(4), (length, 1, 1)),
+                       np.full((length, 4), 0.5), shots)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sets")
+    write_size(path / "a", "a", 10, (9,), 16)
+    write_size(path / "b", "b", 12, (5, 9, 9), 24)
+    write_size(path / "val", "v", 2, (9,), 16)
+    return path
+
+
+def mixed(sets, total, start=0, train=None, micro=2, **kwargs):
+    train = train or [{"path": f"{sets}/a", "weight": 1}, {"path": f"{sets}/b", "weight": 3}]
+    module = ShardData(train, str(sets / "val"), "abc", 3, 8, micro, **kwargs)
+    module.start_batch, module.total_batches = start, total
+    return module
+
+
+def test_a_global_batch_is_of_one_set_and_size_in_exact_shares_and_each_clip_once_a_pass(sets):
+    batches = list(mixed(sets, 128, micro=8).train_dataloader())
+    kinds = Counter((b.keys[0][0], tuple(b.latents.shape[2:])) for b in batches)
+    assert kinds == {("a", (3, 2, 2)): 32, ("b", (2, 3, 3)): 32, ("b", (3, 3, 3)): 64}
+    for name, size, frames in (("a", 10, 3), ("b", 4, 2), ("b", 8, 3)):
+        keys = [k for b in batches for k in b.keys if k[0] == name and b.latents.shape[2] == frames]
+        assert all(len(set(keys[i : i + size])) == size for i in range(0, len(keys) - size + 1, size))
+    assert [p for b in batches for p in b.position.tolist()] == list(range(128 * 8))
+
+
+def test_a_mixture_is_the_same_at_any_world_size_and_after_a_restart(sets):
+    wanted = [[k for batch in list(mixed(sets, 12).train_dataloader())[4 * b : 4 * b + 4] for k in batch.keys]
+              for b in range(12)]
+    for world in (1, 2, 4):
+        ranks = [mixed(sets, 12, start=5).micro_batches(r, world) for r in range(world)]
+        for b in range(7):
+            per = 4 // world
+            parts = [rank[b * per + m] for m in range(per) for rank in ranks]
+            assert [k for part in parts for k in part.keys] == wanted[5 + b]
+
+
+def test_a_list_of_one_set_is_that_set_and_weights_default_to_clips(sets):
+    one, alone = mixed(sets, 20, train=[f"{sets}/a"]), mixed(sets, 20, train=f"{sets}/a")
+    assert [b.keys for b in one.train_dataloader()] == [b.keys for b in alone.train_dataloader()]
+    own, plain = alone.order.parts[0].order, Order((4, 4, 2), 3, 8)
+    assert [own.sample(p) for p in range(30)] == [plain.sample(p) for p in range(30)]
+    by_clips = mixed(sets, 64, train=[f"{sets}/a", {"path": f"{sets}/b"}], frames=5, micro=8)
+    shares = Counter(b.keys[0][0] for b in by_clips.train_dataloader())
+    assert shares == {"a": 29, "b": 35}  # 64 batches by 10 and 12 clips; cut to 5 frames all are of one length
+    for train in ([], [{"path": "x", "wieght": 1}], [{"weight": 1}]):
+        with pytest.raises(ValueError, match="data.train"):
+            ShardData(train, f"{sets}/val", "abc", 3, 8, 2)
+
+
+def test_a_damaged_clip_of_a_mixture_is_replaced_from_its_own_part(sets, tmp_path):
+    import shutil
+
+    shutil.copytree(sets, tmp_path / "sets")
+    module = mixed(tmp_path / "sets", 64, micro=8, max_damaged=0.2)
+    damage(tmp_path / "sets/b", module.train_sets[1], (0, 3))  # two of the four short ones
+    clean = list(mixed(sets, 64, micro=8).train_dataloader())
+    for before, now in zip(clean, module.train_dataloader()):
+        assert before.latents.shape == now.latents.shape and not {"b0", "b3"} & set(now.keys)
+        assert all(a == b for a, b in zip(before.keys, now.keys) if a not in ("b0", "b3"))

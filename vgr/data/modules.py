@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vgr.data.order import Order
+from vgr.data.order import Mixture, Order
 from vgr.data.shards import DamagedSample, Sample, Shards, latent_shots
 from vgr.geometry.cameras import relative_to_first
+from vgr.seeding import derive_seed
 from vgr.types import Cameras, VideoBatch
 
 CACHE_BYTES = 2 << 30  # sets whose latents are smaller than this stay in memory once read
@@ -69,18 +71,60 @@ def collate(
     )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Clips of one length of one set, in an order of their own; index: their numbers in the set."""
+
+    shards: Shards
+    index: np.ndarray
+    order: Order
+
+
+class MixedOrder:
+    """What stands at each position of a run, over sets with weights and, within a set, lengths by their clips.
+
+    A single set of clips of one length keeps the order of its own. frames: raw frames kept, which are the same for all.
+    """
+
+    def __init__(self, sets: Sequence[Shards], weights: Sequence[float], seed: int, global_batch: int,
+                 frames: int | None) -> None:
+        found: list[tuple[float, Shards, np.ndarray]] = []
+        for shards, weight in zip(sets, weights):
+            lengths = np.array(shards.latent_frames() if frames is None else [0] * len(shards))
+            for length in np.unique(lengths):
+                index = np.flatnonzero(lengths == length)
+                found.append((weight * len(index) / len(shards), shards, index))
+        self.parts, self.global_batch = [], global_batch
+        for i, (_, shards, index) in enumerate(found):
+            of_shard = np.repeat(np.arange(len(shards.counts)), shards.counts)[index]
+            counts = [n for n in np.bincount(of_shard, minlength=len(shards.counts)).tolist() if n]
+            own_seed = seed if len(found) == 1 else derive_seed(seed, "order-part", i)
+            self.parts.append(Part(shards, index, Order(counts, own_seed, global_batch)))
+        self._mixture = Mixture([weight for weight, *_ in found], seed)
+
+    def candidates(self, position: int) -> Iterator[tuple[Shards, int]]:
+        """The set and sample at a position, then those of the same part that replace it where it is damaged."""
+        b, i = divmod(position, self.global_batch)
+        part, before = self._mixture.place(b)
+        own = self.parts[part]
+        for at in own.order.candidates(before * self.global_batch + i):
+            yield own.shards, int(own.index[at])
+
+
 class MicroBatches(Dataset):
     """Item i is the i-th micro-batch of this rank, counted from global batch `start` up to `stop`."""
 
-    def __init__(self, shards: Shards, order: Order, micro_batch: int, frames: int | None, max_damaged: float,
+    def __init__(self, order: MixedOrder, micro_batch: int, frames: int | None, max_damaged: float,
                  rank: int, world: int, story: bool = True) -> None:
-        self.shards, self.order, self.micro_batch, self.frames = shards, order, micro_batch, frames
+        self.order, self.micro_batch, self.frames = order, micro_batch, frames
         self.max_damaged, self.rank, self.world, self.story = max_damaged, rank, world, story
         self.start, self.stop = 0, 0
         self.per_batch = order.global_batch // (micro_batch * world)
-        self._cache: dict[int, Sample] | None = {} if shards.latent_bytes() <= CACHE_BYTES else None
+        sets = {id(part.shards): part.shards for part in order.parts}.values()
+        self._first = dict(zip(map(id, sets), np.cumsum([0, *map(len, sets)]).tolist()))
+        self._cache: dict[int, Sample] | None = {} if sum(s.latent_bytes() for s in sets) <= CACHE_BYTES else None
         # One flag a sample in shared memory: loader workers count each damaged sample once between them.
-        self.damaged = torch.zeros(len(shards), dtype=torch.uint8).share_memory_()
+        self.damaged = torch.zeros(sum(map(len, sets)), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return max(self.stop - self.start, 0) * self.per_batch
@@ -95,28 +139,29 @@ class MicroBatches(Dataset):
 
     def sample(self, position: int) -> Sample:
         """The sample at a position, or the first whole one of its replacements."""
-        for index in self.order.candidates(position):
-            if self.damaged[index]:
+        for shards, index in self.order.candidates(position):
+            number = self._first[id(shards)] + index
+            if self.damaged[number]:
                 continue
-            if self._cache is not None and index in self._cache:
-                return self._cache[index]
+            if self._cache is not None and number in self._cache:
+                return self._cache[number]
             try:
-                sample = self.shards.read(index)
+                sample = shards.read(index)
             except DamagedSample as error:
-                self._count_damaged(index, position, error)
+                self._count_damaged(number, position, error)
                 continue
             if self._cache is not None:
-                self._cache[index] = sample
+                self._cache[number] = sample
             return sample
         raise AssertionError("candidates never end")
 
-    def _count_damaged(self, index: int, position: int, error: DamagedSample) -> None:
-        self.damaged[index] = 1
+    def _count_damaged(self, number: int, position: int, error: DamagedSample) -> None:
+        self.damaged[number] = 1
         count = int(self.damaged.sum())
         _log.warning("position %d: %s; another sample takes its place (%d damaged so far)", position, error, count)
-        if count > self.max_damaged * len(self.shards):
+        if count > self.max_damaged * len(self.damaged):
             raise ValueError(
-                f"{count} of {len(self.shards)} samples in {self.shards.folder} are damaged, more than "
+                f"{count} of {len(self.damaged)} samples are damaged, more than "
                 f"data.max_damaged={self.max_damaged}; the last: {error}"
             )
 
@@ -124,21 +169,33 @@ class MicroBatches(Dataset):
 class ShardData(pl.LightningDataModule):
     """Training and validation shards in the run's order.
 
-    train, val: folders; codec_fingerprint: that of the codec the model works with; frames: raw frames kept
-    of each clip, from its first on (None: all); workers: loader processes; max_damaged: share of damaged
-    samples that are replaced before it is an error; val_clips: fixed validation clips, evenly over the set; story: of
-    `collate`.
-    Before fit, `start_batch` and `total_batches` say which global batches remain.
+    train: a folder, or several as folders and {path, weight}, a weight being its share of the global batches (its
+    clips where not given); each global batch is of one of them, and of clips of one length. val: a folder.
+    codec_fingerprint: that of the codec the model works with; frames: raw frames kept of each clip, from its first on
+    (None: all); workers: loader processes; max_damaged: share of damaged samples that are replaced before it is an
+    error; val_clips: fixed validation clips, evenly over the set; story: of `collate`. Before fit, `start_batch` and
+    `total_batches` say which global batches remain.
     """
 
-    def __init__(self, train: str, val: str, codec_fingerprint: str | None, seed: int, global_batch: int,
-                 micro_batch: int, frames: int | None = None, workers: int = 0, max_damaged: float = 0.01,
-                 val_clips: int = 64, story: bool = True) -> None:
+    def __init__(self, train: str | Sequence[str | Mapping[str, Any]], val: str, codec_fingerprint: str | None,
+                 seed: int, global_batch: int, micro_batch: int, frames: int | None = None, workers: int = 0,
+                 max_damaged: float = 0.01, val_clips: int = 64, story: bool = True) -> None:
         super().__init__()
         if micro_batch < 1 or global_batch % micro_batch:
             raise ValueError(f"global_batch={global_batch} is not a multiple of data.micro_batch={micro_batch}")
-        self.train_shards, self.val_shards = Shards(train, codec_fingerprint), Shards(val, codec_fingerprint)
-        self.order = Order(self.train_shards.counts, seed, global_batch)
+        named = [train] if isinstance(train, str) else list(train)
+        entries = [{"path": x} if isinstance(x, str) else dict(x) for x in named]
+        if not entries or any(set(x) - {"path", "weight"} or "path" not in x for x in entries):
+            raise ValueError(f"data.train={named}: a folder, or a list of folders and of {{path: ..., weight: ...}}")
+        self.train_sets = [Shards(x["path"], codec_fingerprint) for x in entries]
+        self.train_shards, self.val_shards = self.train_sets[0], Shards(val, codec_fingerprint)
+        for key in ("times", "history", "text"):  # what training asks of a set must hold for all
+            told = [shards.manifest["extra"].get(key) for shards in self.train_sets]
+            if any(x != told[0] for x in told):
+                paths = ", ".join(str(x["path"]) for x in entries)
+                raise ValueError(f"data.train: {paths} differ in {key}: {told}. Train on each alone")
+        weights = [len(s) if x.get("weight") is None else x["weight"] for x, s in zip(entries, self.train_sets)]
+        self.order = MixedOrder(self.train_sets, weights, seed, global_batch, frames)
         self.micro_batch, self.frames, self.workers = micro_batch, frames, workers
         self.max_damaged, self.val_clips, self.story = max_damaged, val_clips, story
         self.start_batch, self.total_batches = 0, 0
@@ -148,7 +205,7 @@ class ShardData(pl.LightningDataModule):
         if self.order.global_batch % (self.micro_batch * world):
             raise ValueError(f"global_batch={self.order.global_batch} is not a multiple of "
                              f"data.micro_batch={self.micro_batch} x {world} ranks")
-        args = (self.train_shards, self.order, self.micro_batch, self.frames, self.max_damaged, rank, world, self.story)
+        args = (self.order, self.micro_batch, self.frames, self.max_damaged, rank, world, self.story)
         batches = MicroBatches(*args)
         batches.start, batches.stop = self.start_batch, self.total_batches
         return batches

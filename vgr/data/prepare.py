@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vgr.data.files import atomic
+from vgr.data.files import atomic, write_text
 from vgr.data.shards import Shards, ShardWriter
 from vgr.data.video import Clip, encode_video
+from vgr.metrics.image import psnr
 from vgr.types import Codec
 
 # Captions of a clip's shots to states (S,J,D) float16 and lengths (S,).
@@ -37,22 +39,32 @@ class Source(Protocol):
 
 
 @torch.no_grad()
-def encode(codec: Codec, frames_FHWC: np.ndarray) -> np.ndarray:
-    """(F,H,W,3) uint8 to latents (C,T,h,w) float16."""
-    video = torch.from_numpy(frames_FHWC).permute(3, 0, 1, 2).float().div(127.5).sub(1.0)
-    return codec.encode(video[None])[0].half().numpy()
+def encode(codec: Codec, frames_BFHWC: np.ndarray) -> np.ndarray:
+    """(B,F,H,W,3) uint8 to latents (B,C,T,h,w) float16."""
+    video = torch.from_numpy(frames_BFHWC).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1.0)
+    return codec.encode(video).half().numpy()
+
+
+@torch.no_grad()
+def round_trip_db(codec: Codec, latents_CTHW: np.ndarray, frames_FHWC: np.ndarray) -> float:
+    """PSNR in dB, mean over frames, of what the codec makes of its latents."""
+    video = codec.decode(torch.from_numpy(latents_CTHW)[None].float())[0].permute(1, 2, 3, 0)
+    return float(psnr(video.clamp(-1, 1).add(1).mul(127.5).round().byte().numpy(), frames_FHWC).mean())
 
 
 def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, clips: int, seed: int, *,
                   workers: int = 1, keep_video: bool = False, samples_per_shard: int = 64,
                   text: TextArrays | None = None, text_made_by: dict[str, Any] | None = None,
+                  about: dict[str, Any] | None = None,
                   progress: Callable[[int], None] = lambda more: None) -> int:
     """Writes `clips` clips of a split as shards and returns how many were new.
 
     A finished folder of the same settings is left as it is, an unfinished one continued at its first missing
     shard. Validation keeps its videos, since measuring needs true frames. `progress` hears how many clips stood
     already, then of each new one. text: a frozen encoder whose states go beside the latents, `text_made_by` its class
-    and configuration; those of the empty caption, for dropout and guidance, stand in one file. Raises ValueError
+    and configuration; those of the empty caption, for dropout and guidance, stand in one file. about: more for the
+    manifest's `extra`. The first clip of every shard is decoded again; the manifest's `round_trip` has their PSNR. The
+    clips of a visit are encoded at once, in the workers, or here where the codec stands on a GPU. Raises ValueError
     where source and codec do not fit or the folder holds something else, OSError where the disk is full.
     """
     t, h, w = codec.stride
@@ -62,11 +74,13 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
     keep_video = keep_video or split == "val"
     extra = {"source": type(source).__name__, "split": split, "seed": seed, "frames": source.frames,
              "places": list(source.splits[split]), "video": keep_video,
-             "settings": json.loads(json.dumps(vars(source), default=str))}
+             "settings": json.loads(json.dumps({k: v for k, v in vars(source).items() if k[0] != "_"}, default=str)),
+             **(about or {})}
     if text is not None:
         extra["text"] = {**text_made_by, "null": "null.text.npy"}
     if _finished(Path(folder), codec.fingerprint, extra, clips):
         progress(clips)
+        _note_round_trip(Path(folder), samples_per_shard)
         return 0
     with ShardWriter(folder, type(codec).__name__, codec.fingerprint, tuple(codec.stride), codec.channels,
                      source.size_hw, source.fps, source.licence, samples_per_shard, extra) as writer:
@@ -74,8 +88,13 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
         progress(start)
         first, skip = divmod(start, source.clips_per_visit)
         visits = range(first, -(-clips // source.clips_per_visit))
-        visit = partial(_visit, source, codec, seed, split, keep_video)
-        items = itertools.chain.from_iterable(_in_order(visit, visits, workers))
+        capture = partial(_capture, source, seed, split)
+        pack = partial(_pack, codec, split, keep_video, samples_per_shard)
+        if _on_gpu(codec):
+            packed = map(pack, in_order(capture, visits, workers))
+        else:
+            packed = in_order(partial(_both, capture, pack), visits, workers)
+        items = itertools.chain.from_iterable(packed)
         if text is not None:
             with atomic(Path(folder) / extra["text"]["null"]) as file:
                 np.save(file, text(("",))[0][0], allow_pickle=False)
@@ -84,7 +103,18 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
             states = None if text is None else text(tuple(shot["caption"] for shot in shots))
             writer.add(f"{split}-{index:06d}", **item, text=states)
             progress(1)
+    _note_round_trip(Path(folder), samples_per_shard)
     return clips - start
+
+
+def _note_round_trip(folder: Path, every: int) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if "round_trip" not in manifest and (shards := Shards(folder)).manifest["samples"]:
+        found = [shards.read(i).meta.get("round_trip_db") for i in range(0, len(shards), every)]
+        found = [x for x in found if x is not None]
+        mean = {"psnr_db": float(np.mean(found)), "least_db": min(found), "clips": len(found)} if found else {}
+        write_text(path, json.dumps({**manifest, "round_trip": mean}))
 
 
 def _finished(folder: Path, codec_fingerprint: str, extra: dict[str, Any], clips: int) -> bool:
@@ -99,26 +129,65 @@ def _finished(folder: Path, codec_fingerprint: str, extra: dict[str, Any], clips
     return there.manifest["extra"] == extra and len(there) == clips
 
 
-def _in_order(visit: Callable[[int], list[dict[str, Any]]], visits: range, workers: int) -> Iterator[list[dict]]:
+def in_order(work: Callable[[Any], Any], tasks: Iterable[Any], workers: int) -> Iterator[Any]:
+    """work(task) of each task in turn, by so many processes, a few tasks ahead of who takes them."""
     if workers <= 1:
-        yield from map(visit, visits)
+        yield from map(work, tasks)
         return
     # A server process forks the workers: fork from here would copy threads' locks, spawn costs seconds each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vgr.data.prepare"])
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(visit, visits)
+    with ProcessPoolExecutor(workers, context, _begin, (work,)) as pool:
+        ahead: deque[Future[Any]] = deque()
+        try:
+            for task in tasks:
+                ahead.append(pool.submit(_do, task))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _visit(source: Source, codec: Codec, seed: int, split: str, keep_video: bool, visit: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "latents": encode(codec, clip.frames),
-            "c2w": clip.c2w,
-            "intrinsics": clip.intrinsics,
-            "meta": {"shots": clip.shots, "source": clip.source, "metric_scale": True, "split": split},
+_work: Callable[[Any], Any]  # of a worker process; sent once, since a codec's weights are large
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    global _work
+    torch.set_num_threads(1)
+    _work = work
+
+
+def _do(task: Any) -> Any:
+    return _work(task)
+
+
+def _on_gpu(codec: Codec) -> bool:
+    return isinstance(codec, torch.nn.Module) and any(p.is_cuda for p in codec.parameters())
+
+
+def _capture(source: Source, seed: int, split: str, visit: int) -> tuple[int, list[Clip]]:
+    return visit * source.clips_per_visit, source.capture(seed, split, visit)
+
+
+def _both(capture: Callable[[int], Any], pack: Callable[[Any], Any], visit: int) -> Any:
+    return pack(capture(visit))
+
+
+def _pack(
+    codec: Codec, split: str, keep_video: bool, every: int, visit: tuple[int, list[Clip]]
+) -> list[dict[str, Any]]:
+    """What `ShardWriter.add` takes of the clips of a visit, the first of which is number visit[0]."""
+    first, clips = visit
+    packed = []
+    latents_BCTHW = encode(codec, np.stack([clip.frames for clip in clips])) if clips else ()
+    for number, (clip, latents) in enumerate(zip(clips, latents_BCTHW), first):
+        meta = {"shots": clip.shots, "source": clip.source, "metric_scale": clip.metric_scale, "split": split}
+        if number % every == 0:
+            meta["round_trip_db"] = round_trip_db(codec, latents, clip.frames)
+        packed.append({
+            "latents": latents, "c2w": clip.c2w, "intrinsics": clip.intrinsics, "meta": meta, "depth": clip.depth,
             "video": encode_video(clip.frames, clip.fps) if keep_video else None,
-            "depth": clip.depth,
-        }
-        for clip in source.capture(seed, split, visit)
-    ]
+        })
+    return packed

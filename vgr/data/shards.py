@@ -193,6 +193,13 @@ class Shards:
         kept = ("latent.npy", "text.npy")
         return sum(members[name][1] for _, _, members in self._samples for name in kept if name in members)
 
+    def latent_frames(self) -> list[int]:
+        """T of each sample, by the bytes of its latents."""
+        codec, (height, width) = self.manifest["codec"], self.manifest["size_hw"]
+        _, h, w = codec["stride"]
+        frame = 2 * codec["channels"] * (height // h) * (width // w)  # float16, after a header of 128 bytes
+        return [(members["latent.npy"][1] - 128) // frame for _, _, members in self._samples]
+
     def null_text(self) -> np.ndarray:
         """States (J,D) of the empty caption, where the manifest names a file of them."""
         return _read_npy((self.folder / Path(self.manifest["extra"]["text"]["null"]).name).read_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +15,13 @@ import numpy as np
 from vgr.data.files import atomic
 
 # The container is named to the decoder, so that a playlist with a video's name is not followed.
-_CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
+CONTAINERS = {
+    ".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".3gp": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi",
+    ".ts": "mpegts", ".mts": "mpegts", ".m2ts": "mpegts", ".mpg": "mpeg", ".mpeg": "mpeg", ".wmv": "asf", ".flv": "flv",
+    ".ogv": "ogg", ".gif": "gif",
+}  # fmt: skip
+MAX_PIXELS = 1 << 26  # of a picture, twice 8K: more is a broken header, or somebody's joke
+Damage = list[tuple[float, str]]  # seconds into the video, and what is wrong there
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Clip:
     """What a source hands over: frames (F,H,W,3) uint8, c2w (F,4,4) and intrinsics (F,4) float64, fps.
 
     shots: [{"start", "end", "caption"}] over raw frames; source: where it comes from; depth (F,H,W) float32
-    planar metres where the source was asked for it.
+    planar metres where the source was asked for it; metric_scale: whether the poses are in metres.
     """
 
     frames: np.ndarray
@@ -33,6 +39,7 @@ class Clip:
     shots: list[dict[str, Any]]
     source: dict[str, Any] = field(default_factory=dict)
     depth: np.ndarray | None = None
+    metric_scale: bool = True
 
 
 def _careful() -> Any:
@@ -42,30 +49,194 @@ def _careful() -> Any:
     return Way.BICUBIC | Way.ACCURATE_RND | Way.FULL_CHR_H_INT | Way.FULL_CHR_H_INP
 
 
-def iter_video(video: str | Path | bytes) -> Iterator[tuple[np.ndarray, float]]:
-    """Frames (H,W,3) uint8 RGB and their times in seconds, one by one, of a file or an mp4 in memory.
-
-    Raises ValueError for what cannot be decoded, FileNotFoundError where there is no such file.
-    """
+@contextlib.contextmanager
+def _opened(video: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
+    """The container, its first video stream that is no cover picture, and what to call it. Errors as `iter_video`."""
     import av
 
-    if isinstance(video, bytes):
-        name, container = "the video", "mov"
-    else:
-        name, container = str(video), _CONTAINERS.get(Path(video).suffix.lower())
+    name, container = "the video", "mov"
+    if not isinstance(video, bytes):
+        name, container = str(video), CONTAINERS.get(Path(video).suffix.lower())
         if container is None:
-            raise ValueError(f"{name}: not a video file by its name; accepted are {', '.join(_CONTAINERS)}")
+            raise ValueError(f"{name}: not a video file by its name; accepted are {', '.join(CONTAINERS)}")
         if not Path(video).is_file():
             raise FileNotFoundError(2, "no such video file (only local regular files are read)", name)
     with io.BytesIO(video) if isinstance(video, bytes) else Path(video).open("rb") as file:
         try:
-            with av.open(file, format=container) as stream:
-                if not stream.streams.video:
-                    raise ValueError(f"{name}: holds no video stream")
-                for frame in stream.decode(stream.streams.video[0]):
-                    yield frame.to_ndarray(format="rgb24", interpolation=_careful()), float(frame.time or 0.0)
+            with av.open(file, format=container, metadata_errors="replace") as opened:
+                cover = av.stream.Disposition.attached_pic
+                stream = next((s for s in opened.streams.video if not s.disposition & cover), None)
+                if stream is None or stream.codec_context is None:
+                    raise ValueError(f"{name}: holds no video stream" + (" of a known kind" if stream else ""))
+                _check_size(name, stream.codec_context)
+                yield opened, stream, name
         except (av.error.FFmpegError, EOFError) as error:
             raise ValueError(f"{name}: cannot be decoded ({error}); is it whole, and h264 or similar?") from error
+
+
+def _check_size(name: str, holder: Any) -> None:
+    if not 0 < holder.width * holder.height <= MAX_PIXELS:
+        raise ValueError(f"{name}: pictures of {holder.width}x{holder.height}; 1 to {MAX_PIXELS} pixels can be taken")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Of a file's first video stream: size as shown, average frames a second, length in seconds (0 where unknown)
+    and what is unusual about it, in words."""
+
+    size_hw: tuple[int, int]
+    fps: float
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def probe(video: str | Path | bytes) -> VideoInfo:
+    """What a video's header and first frame say. Errors as `iter_video`."""
+    with _opened(video) as (container, stream, name):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise ValueError(f"{name}: holds no frames")
+        shown, count = Shown(first, 0.0, 0, stream.sample_aspect_ratio), len(container.streams.video)
+        bits = first.format.components[0].bits
+        notes = (
+            f"stream {stream.index}, the first of {count} with video" if count > 1 else "",
+            f"turned by {first.rotation} degrees" if first.rotation else "",
+            f"{bits} bits a colour" if bits > 8 else "",
+            f"pixels of {stream.sample_aspect_ratio} made square" if shown.stretch != 1 else "",
+        )  # fmt: skip
+        seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        return VideoInfo(shown.size_hw, float(stream.average_rate or 0), seconds, tuple(filter(None, notes)))
+
+
+class Shown:
+    """A decoded frame as it is to be shown: time in seconds and index in its file; `rgb` converts it."""
+
+    def __init__(self, frame: Any, time_s: float, index: int, aspect: Fraction | None) -> None:
+        self.frame, self.time_s, self.index = frame, time_s, index
+        self.turns = round(frame.rotation / 90) % 4  # counter-clockwise quarters
+        self.stretch = aspect if aspect and Fraction(1, 4) <= aspect <= 4 else Fraction(1)  # of a pixel's width
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """With square pixels, the right way up."""
+        size = self.frame.height, max(1, round(self.frame.width * self.stretch))
+        return size[:: -1 if self.turns % 2 else 1]
+
+    def rgb(self, size_hw: tuple[int, int] | None = None) -> np.ndarray:
+        """(H,W,3) uint8, scaled and cut around its centre to size_hw as `fitted` says; None: whole."""
+        (height, width), (top, left) = (self.size_hw, (0, 0)) if size_hw is None else fitted(self.size_hw, size_hw)
+        cut_h, cut_w = size_hw or (height, width)
+        if self.turns % 2:
+            height, width = width, height
+        image = self.frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=_careful(),
+                                      src_colorspace=self._colours())
+        return np.ascontiguousarray(np.rot90(image, self.turns)[top : top + cut_h, left : left + cut_w])
+
+    def _colours(self) -> Any:
+        """Unlabelled pictures of HD size are BT.709 by custom; otherwise as labelled."""
+        from av.video.reformatter import Colorspace
+
+        unlabelled, large = self.frame.colorspace == 2, min(self.frame.width, self.frame.height) >= 720
+        return Colorspace.ITU709 if unlabelled and large and "yuv" in self.frame.format.name else None
+
+
+def fitted(shown_hw: tuple[int, int], size_hw: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size to which a picture is scaled so that it just covers size_hw, and top and left of the middle cut in it.
+
+    Normalised intrinsics k become `crop_intrinsics(k, scaled, (top, left, *size_hw))`.
+    """
+    scale = max(size_hw[0] / shown_hw[0], size_hw[1] / shown_hw[1])
+    height, width = (max(want, round(have * scale)) for want, have in zip(size_hw, shown_hw))
+    return (height, width), ((height - size_hw[0]) // 2, (width - size_hw[1]) // 2)
+
+
+def iter_frames(
+    video: str | Path | bytes, damage: Damage | None = None, start_s: float | None = None, index: int = 0
+) -> Iterator[Shown]:
+    """Decoded frames one by one, from the one at start_s on, which is number `index` (None: from the first on).
+
+    damage: takes what cannot be decoded, with its position, and the rest is still given; None: raises ValueError.
+    Errors otherwise as `iter_video`.
+    """
+    import av
+
+    with _opened(video) as (container, stream, name):
+        if start_s is not None and container.format.name[:3] in ("mov", "mat"):  # others have no index to trust
+            container.seek(max(0, int((start_s - 0.5) / stream.time_base)), stream=stream)
+        last, size = -1.0 if start_s is None else start_s - 1e-6, None
+
+        def wrong(at: float, what: str) -> None:
+            if damage is None:
+                raise ValueError(f"{name}: cannot be decoded at {max(at, 0):.2f} s ({what})")
+            damage.append((max(at, 0.0), what))
+
+        for packet in _packets(container, stream, wrong):
+            try:
+                frames = packet.decode()
+            except (av.error.FFmpegError, EOFError) as error:
+                wrong(last if packet.pts is None else float(packet.pts * packet.time_base), str(error))
+                continue
+            for frame in frames:
+                time_s = last if frame.time is None else float(frame.time)
+                if start_s is not None and time_s <= last:
+                    continue  # between the key frame and the one asked for
+                if damage is not None and frame.is_corrupt:
+                    wrong(time_s, "a corrupt frame")
+                elif time_s <= last:
+                    wrong(last, "time does not advance")
+                elif (frame.width, frame.height) != (size or (frame.width, frame.height)):
+                    wrong(time_s, f"pictures change from {size[0]}x{size[1]} to {frame.width}x{frame.height}")
+                else:
+                    _check_size(name, frame)
+                    yield Shown(frame, time_s, index, stream.sample_aspect_ratio)
+                    start_s, size, last = None, (frame.width, frame.height), time_s
+                index += start_s is None
+        end = (container.start_time or 0) / 1e6 + container.duration / 1e6 if container.duration else last
+        if stream.duration:
+            end = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+        if damage is not None and end - last > max(0.25, 3 / float(stream.average_rate or 12)):
+            wrong(last, f"ends here, of {end:.2f} s")
+
+
+def _packets(container: Any, stream: Any, wrong: Callable[[float, str], None]) -> Iterator[Any]:
+    import av
+
+    at = 0.0
+    try:
+        for packet in container.demux(stream):
+            at = at if packet.pts is None else float(packet.pts * packet.time_base)
+            yield packet
+    except (av.error.FFmpegError, EOFError) as error:
+        wrong(at, str(error))
+
+
+def at_rate(
+    frames: Iterable[Shown], fps: float, origin_s: float | None = None, first: int = 0
+) -> Iterator[tuple[int, Shown]]:
+    """Number k and the frame nearest to the time origin_s + k / fps, for k = first, first + 1, ...
+
+    origin_s: None for the first frame's time. Where frames are rarer than fps some are given twice.
+    """
+    held: Shown | None = None
+    k = first
+    for shown in frames:
+        origin_s = shown.time_s if origin_s is None else origin_s
+        while held is not None and origin_s + k / fps <= (held.time_s + shown.time_s) / 2:
+            yield k, held
+            k += 1
+        held = shown
+    while held is not None and origin_s is not None and origin_s + k / fps <= held.time_s + 0.25 / fps:
+        yield k, held
+        k += 1
+
+
+def iter_video(video: str | Path | bytes) -> Iterator[tuple[np.ndarray, float]]:
+    """Frames (H,W,3) uint8 RGB as shown and their times in seconds, one by one, of a file or an mp4 in memory.
+
+    Raises ValueError for what cannot be decoded, FileNotFoundError where there is no such file.
+    """
+    for shown in iter_frames(video):
+        yield shown.rgb(), shown.time_s
 
 
 def read_video(video: str | Path | bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,100 @@
+"""From a folder of mp4 files to a trained model in two commands, and a page that shows the data."""
+
+import io
+import json
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from small_training import PRESET, metrics, train  # noqa: E402
+from test_folder import FPS, K, walk  # noqa: E402
+
+from vgr import prepare  # noqa: E402
+from vgr.data.shards import Shards  # noqa: E402
+from vgr.data.video import write_video  # noqa: E402
+from vgr.geometry.formats import write_cameras  # noqa: E402
+from vgr.types import Cameras  # noqa: E402
+
+SETTINGS = (
+    "data=folder", "source.folder=videos", "out=shards", "source.frames=17", "source.size_hw=[32,32]", "source.fps=8",
+    "source.cameras=files", "source.scale=1", "source.val_share=0.2", "workers=1", "codec.stride=[4,8,8]",
+    "codec.luma=[4]", "codec.chroma=[0]", "codec.latents_mean=null", "codec.latents_std=null",
+    "source.limits={sharpness:null,saturation:null}",
+)  # fmt: skip
+
+
+def vgr_prepare(folder, *words):
+    out, here = io.StringIO(), os.getcwd()
+    os.chdir(folder)
+    try:
+        with mock.patch.object(sys, "argv", ["vgr-prepare", *words]), redirect_stdout(out), redirect_stderr(out):
+            prepare.main()
+    except SystemExit as error:
+        out.write(f"exit code {error.code}")
+    finally:
+        os.chdir(here)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "videos").mkdir()
+    for i, name in enumerate(("hall", "room <b>1</b>", "yard")):
+        frames = 32 * 5
+        video, c2w = walk(i, frames, size=(48, 64))
+        if name == "yard":
+            video[100:120] = 128
+        write_video(folder / f"videos/{name}.mp4", video, FPS)
+        cameras = Cameras(torch.from_numpy(c2w)[None], torch.from_numpy(np.tile(K, (frames, 1)))[None])
+        if i:
+            write_cameras(folder / f"videos/{name}.npz", cameras, FPS)
+        else:  # the same, in another form, without intrinsics
+            write_cameras(folder / f"videos/{name}.txt", cameras, FPS, "tum")
+        (folder / f"videos/{name}.json").write_text(json.dumps({"caption": f"a {name} & <script>alert(1)</script>"}))
+    text = vgr_prepare(folder, *SETTINGS, "source.hfov_deg=79.6")
+    assert "exit code" not in text, text
+    return folder, text
+
+
+def test_a_folder_of_mp4_files_is_prepared_and_trained_on_in_two_commands(project):
+    folder, text = project
+    counts = {split: len(Shards(folder / "shards" / split)) for split in ("train", "val")}
+    assert counts["train"] + counts["val"] == 4 + 4 + 3 and counts["val"] >= 3
+    assert "codec" in text and " dB on " in text and "blank 1 s" in text
+    dropped = [x for s in counts for x in json.loads((folder / f"shards/{s}/dropped.json").read_text())]
+    assert {"file", "start_s", "end_s", "rule", "value", "limit"} == set(dropped[0])
+    assert {x["rule"] for x in dropped} == {"blank", "short"}
+    (folder / "own/experiments").mkdir(parents=True)
+    (folder / "own/experiments/mini.yaml").write_text(PRESET.replace("small", "folder") + "lora: {rank: 0}\n")
+    words = ("data.train=[{path: shards/train, weight: 2}, shards/val]", "data.val=shards/val", "data.workers=0",
+             "training.max_samples=64", "data.val_clips=3")  # fmt: skip
+    done = train(folder, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (folder / "runs").glob("mini*/seed1")
+    losses = [x["train/loss"] for x in metrics(run) if "train/loss" in x]
+    assert len(losses) == 8 and np.isfinite(losses).all()
+    # Adapters on what came out, on the folder's clips alone: the same two commands, of the released model.
+    done = train(folder, "data.train=shards/train", "data.val=shards/val", "data.workers=0", "data.val_clips=3",
+                 "training.max_samples=16", "training.warmup_samples=0", f"init_from={run}", "lora.rank=4")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_page_shows_the_data_and_escapes_what_captions_say(project):
+    folder, _ = project
+    assert "inspect.html" in vgr_prepare(folder, "inspect=shards")
+    html = (folder / "shards/inspect.html").read_text()
+    assert "<script" not in html and "&lt;script&gt;alert(1)" in html and "<b>1</b>" not in html
+    for told in ("blank", "short", "at most 0.5", "dB, at least", "Field of view", "not stated", "Motion"):
+        assert told in html
+    assert html.count('<svg viewBox="0 0 100 75"') == sum(len(Shards(folder / "shards" / s)) for s in ("train", "val"))
+    assert "src=\"data:image/png" in html and "http" not in html.replace("http-equiv", "")
+    assert "exit code 2" in vgr_prepare(folder, "inspect=videos")

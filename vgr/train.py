@@ -150,7 +150,7 @@ def build(
     model = instantiate(cfg.model)
     prepared = [shards.manifest["extra"].get("settings", {}) for shards in data.train_sets]
     if model.takes_cameras and any(own.get("cameras", "") is None for own in prepared):
-        raise ValueError(f"data.train={cfg.data.train}: prepared with source.cameras=null, but this model takes cameras")
+        raise ValueError("data.train was prepared with source.cameras=null, but this model takes cameras")
     if initial is not None:
         if "latents" not in cfg.surgery:
             refuse_other_codec("init_from", cfg.init_from, codec)

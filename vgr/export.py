@@ -43,6 +43,8 @@ def body(cfg: DictConfig) -> None:
         return
     kind, config, tensors = read(str(cfg.checkpoint), cfg.weights, cfg.revision)
     names = rebuild.WEIGHTS[kind]
+    if cfg.format not in names.EXPORTS:
+        raise ValueError(f"format={cfg.format}: a {kind} is written as {', '.join(names.EXPORTS)} or lora")
     model = weights.build(rebuild.KNOWN[kind], config)
     weights.check(model, tensors, cfg.checkpoint)
     class_name, stem, translate = names.EXPORTS[cfg.format]
@@ -91,7 +93,10 @@ def write_adapters(checkpoint: str, part: str, out: Path) -> None:
     adapters = {k.removeprefix("model."): v for k, v in checkpoints.read_weights(folder, part).items()}
     config, tensors = lora.to_peft(adapters, told["base"], told["rank"], told["alpha"], told["targets"])
     with weights.new_folder(out) as new:
-        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        # diffusers reads the scale from here, PEFT from the other file.
+        written = {"r": config["r"], "lora_alpha": config["lora_alpha"], "target_modules": config["target_modules"]}
+        about = {"format": "pt", "lora_adapter_metadata": json.dumps(written)}
+        save_file(tensors, new / "adapter_model.safetensors", metadata=about)
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     numbers = sum(t.numel() for t in tensors.values())
     print(f"{out}: {len(tensors)} tensors, {numbers / 1e6:.1f} M numbers; the base is {told['base']}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vgr.data.folder import FolderSource
+    from vgr.training.pairs import Pairs
     from vgr.training.teacher_paths import TeacherPaths
 
 
@@ -36,8 +37,10 @@ def body(cfg: DictConfig) -> None:
         return
     command.check_targets(cfg.source, "source")
     source = instantiate(cfg.source)
-    if cfg.codec is None:  # the source brings latents of its own, of training clips only
-        write_paths(source, Path(cfg.out) / "train", cfg.train_clips, cfg.seed)
+    if cfg.codec is None:  # the source brings latents of its own
+        for split, clips in (("val", cfg.val_clips), ("train", cfg.train_clips)):
+            if clips:
+                write_made(source, Path(cfg.out) / split, clips, cfg)
         return
     command.check_targets(cfg.codec, "codec")
     codec = instantiate(cfg.codec)
@@ -102,14 +105,14 @@ def read_text(cfg: DictConfig) -> dict[str, Any]:
     return {"text": encode, "text_made_by": {"class": name, "config": encoder.config}}
 
 
-def write_paths(source: TeacherPaths, folder: Path, clips: int, seed: int) -> None:
-    """A teacher's trajectories, on a GPU where there is one."""
+def write_made(source: TeacherPaths | Pairs, folder: Path, clips: int, cfg: DictConfig) -> None:
+    """A teacher's trajectories, or pairs, on a GPU where there is one."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with command.progress(clips, "trajectories") as done:
-        new = source.write(folder, clips, seed, done, device)
-    print(f"{folder}: {clips} trajectories" + (f", {new} new" if new else ", nothing to do"))
+    with command.progress(clips, "clips") as done:
+        new = source.write(folder, clips, cfg.seed, done, device, **read_text(cfg))
+    print(f"{folder}: {clips} clips" + (f", {new} new" if new else ", nothing to do"))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def build(
     from vgr.seeding import derive_seed
     from vgr.training.conditioning import cached_text
     from vgr.training.rebuild import refuse_other_codec
+    from vgr.training.teacher_paths import refuse_other_shards
 
     codec = instantiate(cfg.codec)
     global_batch = cfg.training.global_batch
@@ -137,14 +138,9 @@ def build(
     if ((marked := cfg.training.get("cut_prefix", sampled)) or "") != (sampled or ""):
         told = f"training.cut_prefix={marked!r}, sampling.cut_prefix={sampled!r}"
         raise ValueError(f"{told}: cuts are sampled as they are trained; set sampling.cut_prefix alone")
-    extra, objective = data.train_shards.manifest["extra"], cfg.training.get("objective", {})
-    made_for, asked = ((x.get("times"), bool(x.get("history"))) for x in (extra, objective))
-    if made_for != asked:
-        times, history = (f"{key}={objective.get(key)}" for key in ("times", "history"))
-        raise ValueError(
-            f"training.objective.{times}, {history}, but {cfg.data.train} holds trajectories at {made_for[0]}"
-            f"{' with the true frames behind' if made_for[1] else ''}"
-        )
+    refuse_other_shards(data.train_shards, data.val_shards, cfg.training.get("objective", {}))
+    if "fps" in cfg.model and cfg.model.fps != (fps := data.train_shards.manifest["fps"]):
+        raise ValueError(f"model.fps={cfg.model.fps:g}, but {cfg.data.train} has {fps:g} frames a second: set it so")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = cached_text(data, cfg.text) or instantiate(cfg.text)
     model = instantiate(cfg.model)
@@ -215,9 +211,11 @@ def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] 
     if not Path(cfg.init_from).exists():
         raise FileNotFoundError(
             f"init_from={cfg.init_from} does not exist; give a run folder, a checkpoint in it, or weights: our export, "
-            "a diffusers folder or a released file"
+            f"a diffusers folder or a released file. {rebuild.WEIGHTS[cfg.model._target_.split('.')[-1]].HOW_TO_GET}"
         )
-    initial = rebuild.read(cfg.init_from)[1]
+    record, initial = rebuild.read(cfg.init_from)
+    if record["model"]["class"] == "Refiner":
+        rebuild.refuse_other_refiner(cfg.init_from, record["model"]["config"], cfg.model)
     if cfg.critic_from is not None:
         stored = checkpoints.read_weights(checkpoints.resolve(Path(cfg.critic_from)), "weights")
         initial |= {name: x for name, x in stored.items() if name.startswith(("critic.", "judge."))}

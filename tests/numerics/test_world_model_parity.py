@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("diffusers")
 from benchmarks.speed.sana_port import fp32_softmax, from_port, make_inputs, make_port
+from vgr.types import _map_tensors
 
 CHANNELS, TEXT, RAW = 4, 24, 8
 # width, heads, layers, softmax_every, batch, frames, grid, translation
@@ -83,3 +85,54 @@ def test_integer_times_survive_fp32():
     b, _ = ours(inputs.x, torch.full_like(inputs.t, 0.0299), inputs.cond)
     c, _ = ours(inputs.x, torch.full_like(inputs.t, 0.0300), inputs.cond)
     assert torch.equal(a, b) and not torch.equal(b, c)
+
+
+@pytest.fixture
+def wide():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class _Float64(TorchFunctionMode):
+    """Where code asks for float32 it gets float64, so that both sides compute in it throughout."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_random_models_have_the_ports_gradients_in_float64(seed, wide):
+    """Sizes, lengths and cameras drawn, both sides in float64: output and every parameter's gradient agree."""
+    from vgr.models.world_model_weights import from_diffusers
+
+    draw = torch.Generator().manual_seed(seed)
+    pick = lambda *choices: choices[int(torch.randint(len(choices), (), generator=draw))]  # noqa: E731
+    heads = pick(2, 4)
+    case = (
+        heads * pick(16, 24, 56), heads, pick(2, 3, 4), pick(2, 4), pick(1, 2), pick(1, 2, 5, 9, 14),
+        (pick(1, 2, 3), pick(2, 5)), pick(1.0, 30.0),
+    )  # fmt: skip
+    with _Float64():  # tables that are made once, too
+        port, ours, inputs = _pair(case, seed)
+    port, ours = port.double(), ours.double()
+    weight = torch.randn(inputs.x.shape, generator=draw, dtype=torch.float64)
+    double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
+    x_port, x_ours = (inputs.x.double().requires_grad_() for _ in range(2))
+    given = {**{k: double(v) for k, v in inputs.port_arguments().items()}, "hidden_states": x_port}
+    with fp32_softmax(), _Float64():
+        expected = port(**given, return_dict=False)[0]
+        (expected * weight).sum().backward()
+        actual, _ = ours(x_ours, inputs.t.double(), _map_tensors(inputs.cond, double))
+        (actual * weight).sum().backward()
+    assert actual.dtype == expected.dtype == torch.float64
+    assert (actual - expected).abs().max() < 1e-7 * expected.abs().max()
+    assert (x_ours.grad - x_port.grad).norm() < 1e-7 * x_port.grad.norm()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in port.named_parameters()}
+    _, told = from_diffusers(dict(port.config), grads)
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad - told[name]).norm() <= 1e-6 * told[name].norm() + 1e-9, name

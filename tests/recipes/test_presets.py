@@ -39,7 +39,8 @@ def test_preset_builds_with_its_declared_size(name):
 @pytest.mark.parametrize("name", STAGES)
 def test_preset_has_a_tiny_twin_of_the_same_stage(name):
     """Its tiny size changes sizes, data and counts, and nothing of what the stage is."""
-    size = {"world_model": "tiny", "causal_video": "story_tiny"}[name.split("/")[0]]
+    sizes = {"world_model": "tiny", "causal_video": "story_tiny", "world_model/refiner": "refiner_tiny"}
+    size = sizes.get(name, sizes[name.split("/")[0]])
     cfg, tiny = (command.compose("train", [f"experiments={name}", *more]) for more in ([], [f"size={size}"]))
     command.check_targets(cfg)
     command.check_targets(tiny)

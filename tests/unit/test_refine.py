@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("diffusers")
-from diffusers import LTX2VideoTransformer3DModel
-
-from tests.unit.tiny_refiner import CHANNELS, FPS, TINY, TOKENS, inputs, refiner, save_transformer
+from tests.unit.tiny_refiner import CHANNELS, FPS, SIZES, TARGETS, TINY, TOKENS, inputs, refiner, save_transformer
 from vgr.diffusion import flow, refine
 from vgr.diffusion.objectives import refinement
 from vgr.models.refiner import Refiner
+from vgr.nn import lora
 from vgr.seeding import normal_like
 from vgr.types import Cameras, Conditioning, Layout, TextStates, VideoBatch
 
@@ -148,7 +147,7 @@ def test_objective_refuses_what_is_no_pair_with_a_reference(channels, frames):
 
 def test_training_on_pairs_sharpens_held_out_ones():
     torch.manual_seed(0)
-    model = Refiner(LTX2VideoTransformer3DModel(**TINY))
+    model = Refiner(**SIZES)
     batch, held = 8, torch.arange(1000, 1008)
     text = TextStates(torch.zeros(batch, 1, TOKENS, TINY["caption_channels"]), torch.ones(batch, 1, TOKENS).bool())
     cond = Conditioning(Layout.whole(batch, 4), text)
@@ -188,7 +187,7 @@ def test_world_model_training_takes_the_refiner_and_its_objective(folder):
     clip = dict(fps=torch.full((2,), FPS), captions=(("a",), ("b",)), shot=torch.zeros(2, 4, dtype=torch.int64))
     batch = VideoBatch(latents=_pairs(positions), cameras=cameras, keys=("a", "b"), position=positions, **clip)
     model = refiner(folder)
-    model.add_lora(2)
+    lora.add(model, 2, 2, TARGETS)
     module = WorldModelTraining(
         model, Told(), SimpleNamespace(stride=(8, 32, 32)), seed=5, global_batch=2, max_samples=2,
         objective=functools.partial(refinement, shift=7.8),

@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("diffusers")
 from diffusers import LTX2VideoTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.unit.tiny_refiner import TINY, inputs, refiner, save_transformer
-from vgr.models.ltx2_text import LTX2Text, gemma3
+from tests.unit.tiny_refiner import SIZES, TARGETS, TINY, inputs, refiner, save_transformer
+from vgr.models.ltx2_text import Gemma3, LTX2Text
 from vgr.models.refiner import Refiner
+from vgr.nn import lora
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def _trained_lora(model, rank=3):
-    model.add_lora(rank)
+    lora.add(model, rank, rank, TARGETS)
     with torch.no_grad():
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.copy_(torch.randn(parameter.shape))
@@ -32,10 +33,10 @@ def _trained_lora(model, rank=3):
 def test_lora_trains_attention_and_feed_forward_alone(folder):
     model = refiner(folder)
     half = Refiner.from_pretrained(folder)
-    half.add_lora(3)
+    lora.add(half, 3, 3, TARGETS)
     kinds = {p.dtype for p in half.parameters() if p.requires_grad}, {p.dtype for p in half.parameters()}
     assert kinds == ({torch.float32}, {torch.float32, torch.bfloat16})
-    model.add_lora(3)
+    lora.add(model, 3, 3, TARGETS)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     names = {n.removeprefix("transformer.transformer_blocks.")[2:].split(".lora_")[0] for n in trained}
     attention = {f"attn{i}.to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out.0")}
@@ -47,8 +48,8 @@ def test_lora_trains_attention_and_feed_forward_alone(folder):
 @pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])
 def test_lora_merges_into_the_distilled_model(folder, tmp_path, prefix):
     """Trained on the base; loaded and merged, the distilled weights plus B A, and the same outputs as unmerged."""
-    _trained_lora(refiner(folder)).save_lora(tmp_path / "lora")
-    tensors = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    trained = _trained_lora(refiner(folder))
+    tensors = {k.removeprefix("transformer."): v for k, v in trained.state_dict().items() if ".lora_" in k}
     sound = {"transformer_blocks.0.audio_attn1.to_q.lora_A.weight": torch.ones(3, 16)}
     file = tmp_path / "adapter.safetensors"
     save_file({prefix + k: v for k, v in {**tensors, **sound}.items()}, file)
@@ -85,7 +86,7 @@ def test_lora_keeps_the_alpha_it_was_trained_with(folder, tmp_path):
     x, t, cond = inputs(3)
     with torch.no_grad():
         expected, _ = model(x, t, cond)
-        model.save_lora(tmp_path / "lora")
+        model.transformer.save_lora_adapter(tmp_path / "lora")
         loaded = refiner(folder)
         loaded.load_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
         torch.testing.assert_close(loaded(x, t, cond)[0], expected)
@@ -137,32 +138,34 @@ def _text_parts(folder):
 def test_text_is_stacked_states_through_the_connectors(folder, tmp_path):
     connectors, states, mask = _text_parts(tmp_path)
     asked = []
-    text = LTX2Text.from_pretrained(tmp_path, lambda p: (asked.append(p), (states, mask))[1], dtype=torch.float32)
+    text = LTX2Text(tmp_path, dtype="float32", prompt_states=lambda p: (asked.append(p), (states, mask))[1])
     told = text(((" a road ",), ("rain",)))
-    assert asked == [["a road", "rain"]] and text.width == 10 and not any(p.requires_grad for p in text.parameters())
+    assert asked == [["a road", "rain"]] and text.width == 10 and not text.state_dict() and not [*text.parameters()]
     with torch.no_grad():
         expected, _, kept = connectors(states, mask)
     assert torch.equal(told.states, expected[:, None]) and torch.equal(told.mask, kept[:, None].bool())
     with torch.no_grad():  # what stands under the padding is not read
-        told_again = text.from_pretrained(tmp_path, lambda p: (states + 9.0 * (1 - mask)[:, :, None, None], mask),
-                                          dtype=torch.float32)(((" a",), ("b",)))  # fmt: skip
+        unread = lambda p: (states + 9.0 * (1 - mask)[:, :, None, None], mask)  # noqa: E731
+        told_again = LTX2Text(tmp_path, 10, dtype="float32", prompt_states=unread)(((" a",), ("b",)))
     torch.testing.assert_close(told_again.states, told.states)
     x, t, cond = inputs(3)
     v, _ = refiner(folder)(x, t, dataclasses.replace(cond, text=told))
     assert v.isfinite().all()
     with pytest.raises(ValueError, match="one prompt a video, got 2 shots"):
         text((("a", "b"), ("c",)))
-    text.prompt_states = lambda p: (states[..., :2], mask)
+    text = LTX2Text(tmp_path, prompt_states=lambda p: (states[..., :2], mask))
+    with pytest.raises(ValueError, match="text.width=9, but the connectors .* are 10 wide"):
+        LTX2Text(tmp_path, 9, prompt_states=unread)
     with pytest.raises(ValueError, match=r"hidden states \(N,J,10,3\).*got \(2, 8, 10, 2\)"):
         text((("a",), ("b",)))
 
 
-def test_gemma3_gives_every_layer_padded_on_the_left(tmp_path):
-    pytest.importorskip("transformers")
+def save_gemma3(folder):
+    """text_encoder/ of a tiny Gemma 3, its tokenizer of letters too."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, GemmaTokenizer
 
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    GemmaTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], add_bos_token=True).save_pretrained(tmp_path)
+    GemmaTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], add_bos_token=True).save_pretrained(folder)
     torch.manual_seed(0)
     language = Gemma3TextConfig(
         vocab_size=64, hidden_size=10, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -171,15 +174,21 @@ def test_gemma3_gives_every_layer_padded_on_the_left(tmp_path):
     vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)
     config = Gemma3Config(text_config=language, vision_config=vision, mm_tokens_per_image=4)
     model = Gemma3ForConditionalGeneration(config).eval()
-    model.save_pretrained(tmp_path)
-    states, mask = gemma3(tmp_path, length=8, dtype=torch.float32)(["abc", "abcdefghijk"])
+    model.save_pretrained(folder)
+    return model
+
+
+def test_gemma3_gives_every_layer_padded_on_the_left(tmp_path):
+    pytest.importorskip("transformers")
+    model = save_gemma3(tmp_path)
+    states, mask = Gemma3(tmp_path, length=8, dtype=torch.float32).eval()(["abc", "abcdefghijk"])
     assert states.shape == (2, 8, 10, 3) and mask.tolist() == [[0] * 4 + [1] * 4, [1] * 8]
     alone = {"input_ids": torch.tensor([[2, 6, 7, 8]]), "position_ids": torch.arange(4, 8)[None]}
     with torch.no_grad():
         out = model.model.language_model(**alone, output_hidden_states=True)
     torch.testing.assert_close(states[0, 4:], torch.stack(out.hidden_states, -1)[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="no local folder"):
-        gemma3(tmp_path / "elsewhere")
+        Gemma3(tmp_path / "elsewhere")
 
 
 def test_shards_are_read_where_the_releases_keep_them(folder, tmp_path):
@@ -195,11 +204,11 @@ def test_shards_are_read_where_the_releases_keep_them(folder, tmp_path):
 
 def test_missing_parts_and_other_models_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no connectors/.*refiner_diffusers/"):
-        LTX2Text.from_pretrained(folder, lambda p: None)
+        LTX2Text(folder)
     with pytest.raises(FileNotFoundError, match="needs revision"):
         Refiner.from_pretrained("Efficient-Large-Model/SANA-WM_bidirectional")
     with pytest.raises(ValueError, match="cross_attn_mod=True, as later"):
-        Refiner(LTX2VideoTransformer3DModel(**TINY, cross_attn_mod=True))
+        Refiner(**SIZES, options={"cross_attn_mod": True})
     LTX2VideoTransformer3DModel(**TINY | {"num_layers": 1}).save_pretrained(tmp_path / "transformer")
     (tmp_path / "transformer" / "config.json").write_text((folder / "transformer" / "config.json").read_text())
     with pytest.raises(ValueError, match="tensors missing .*transformer_blocks.1"):

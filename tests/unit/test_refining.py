@@ -10,6 +10,7 @@ from tests.unit.tiny_refiner import save_transformer
 from vgr.diffusion.refine import refine
 from vgr.generator import Generator
 from vgr.models.codec import CosineCodec
+from vgr.models.ltx2_text import LTX2Text
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
 from vgr.training import refining
@@ -24,8 +25,8 @@ def folder(tmp_path, monkeypatch):
     """transformer/ and connectors/; Gemma 3 gives fixed states."""
     save_transformer(tmp_path)
     _, states, mask = _text_parts(tmp_path)
-    known = lambda path, device: lambda prompts: (states[: len(prompts)], mask[: len(prompts)])  # noqa: E731
-    monkeypatch.setattr(refining, "gemma3", known)
+    known = lambda prompts: (states[: len(prompts)], mask[: len(prompts)])  # noqa: E731
+    monkeypatch.setattr(refining, "LTX2Text", lambda source: LTX2Text(source, prompt_states=known))
     return tmp_path
 
 

@@ -16,6 +16,9 @@ TINY = dict(
     audio_in_channels=3, audio_out_channels=3, audio_num_attention_heads=2, audio_attention_head_dim=8,
     audio_cross_attention_dim=16, num_layers=2, caption_channels=10, rope_type="split",
 )  # fmt: skip
+SIZES = dict(in_channels=CHANNELS, text_width=10, heads=2, head_dim=12, layers=2)
+# What conf/model/refiner.yaml trains: attention's Q, K, V, O and the feed-forward layers.
+TARGETS = [f"attn{i}.to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
 
 
 def save_transformer(folder):

@@ -101,19 +101,24 @@ def refinement(
     frames are x_h itself at sigma 0 and not counted. One sigma a sample, shifted logit-normal cut off above
     sigma_start. Noise and sigmas are functions of (seed, position). ValueError for latents that are no such pairs.
     """
+    generators = [torch_generator(seed, "time", position) for position in positions.tolist()]
+    u = torch.stack([1 - torch.rand((), generator=g, dtype=torch.float64) for g in generators])  # in (0, 1]
+    below = torch.special.ndtr(torch.tensor(sigma_start, dtype=torch.float64).logit() - math.log(shift))
+    sigma_B = torch.sigmoid(torch.special.ndtri(u * below) + math.log(shift)).clamp_max(sigma_start)
+    noise = normal_like(latents[:, : latents.shape[1] // 2], seed, "noise", positions)
+    return refinement_at(latents, noise, sigma_B.float(), sigma_start, reference)
+
+
+def refinement_at(latents: Tensor, noise: Tensor, sigma_B: Tensor, sigma_start: float, reference: int) -> Noised:
+    """`refinement` of pairs (B,2C,T,H,W) with given noise (B,C,T,H,W) and sigmas (B,)."""
     if latents.shape[1] % 2 or not 0 < reference < latents.shape[2]:
         raise ValueError(
             f"refinement takes pairs on channels, (B,2C,T,H,W), and frames behind the reference={reference}, got "
             f"latents {tuple(latents.shape)}"
         )
     low, high = latents.chunk(2, dim=1)
-    generators = [torch_generator(seed, "time", position) for position in positions.tolist()]
-    u = torch.stack([1 - torch.rand((), generator=g, dtype=torch.float64) for g in generators])  # in (0, 1]
-    below = torch.special.ndtr(torch.tensor(sigma_start, dtype=torch.float64).logit() - math.log(shift))
-    sigma_B = torch.sigmoid(torch.special.ndtri(u * below) + math.log(shift)).clamp_max(sigma_start)
-    t_BT = sigma_B.float().to(high.device)[:, None].repeat(1, high.shape[2])
+    t_BT = sigma_B.to(high)[:, None].repeat(1, high.shape[2])
     t_BT[:, :reference] = 0.0
-    noise = normal_like(high, seed, "noise", positions)
     start = flow.interpolate(low, noise, torch.full_like(t_BT, sigma_start))
     return Noised(
         flow.interpolate(high, start, t_BT / sigma_start),

@@ -1,8 +1,10 @@
-"""Where LTX-2's parts lie in the releases, which of its weights are audio's, and LoRA files for it (spec 7, 10.1)."""
+"""Where LTX-2's parts lie in the releases, its transformer's weights under our names, and LoRA files (spec 7, 10.1)."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,76 @@ from vgr.models import weights
 
 HOW_TO_GET = (
     "The released refiners (38 GB, LTX-2 community licence) are refiner/ of Efficient-Large-Model/"
-    "SANA-WM_bidirectional and refiner_diffusers/ of SANA-WM_streaming, each with transformer/ and connectors/"
+    "SANA-WM_bidirectional and refiner_diffusers/ of SANA-WM_streaming, each with transformer/ and connectors/; what "
+    "adapters are trained on is the undistilled Lightricks/LTX-2 (transformer/, 38 GB, connectors/ and text_encoder/, "
+    "Gemma 3 12B, the same licence and Gemma's)"
 )
-LORA_TARGETS = [f"{a}.to_{x}" for a in ("attn1", "attn2") for x in ("q", "k", "v", "out.0")]
-LORA_TARGETS += ["ff.net.0.proj", "ff.net.2"]
 _ROOTS = ("", "refiner/", "refiner_diffusers/")
+INSIDE = tuple(f"{root}transformer" for root in _ROOTS)
+PATTERNS = tuple(f"{folder}/*" for folder in INSIDE)
 _PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
+_CLASS = "LTX2VideoTransformer3DModel"
+_SIZES = {
+    "in_channels": "in_channels", "text_width": "caption_channels", "heads": "num_attention_heads",
+    "head_dim": "attention_head_dim", "layers": "num_layers",
+}  # fmt: skip
+# LTX-2's values of what later versions changed.
+_LTX2 = {
+    "gated_attn": False, "cross_attn_mod": False, "perturbed_attn": False, "use_keyframes_abs_pos_embedding": False,
+    "use_prompt_embeddings": True, "patch_size": 1, "patch_size_t": 1,
+}  # fmt: skip
 
 
-def read(
-    source: str | Path, revision: str | None, part: str, class_name: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of `part` (transformer, connectors) in a folder or hub id; or of a folder that is it.
+def find(source: str | Path, revision: str | None, part: str) -> Path:
+    """The folder of `part` (transformer, connectors) in a folder or hub id, or `source` if it is that folder.
 
-    ValueError or FileNotFoundError name what is missing and how to get it.
+    FileNotFoundError names what is missing and how to get it.
     """
     path = weights.fetch(source, revision, [f"{root}{part}/*" for root in _ROOTS], HOW_TO_GET)
     folder = next((path / f"{root}{part}" for root in _ROOTS if (path / f"{root}{part}").is_dir()), path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no {part}/ with a config.json. {HOW_TO_GET}")
-    return weights.load_folder(folder, {class_name: lambda config, tensors: (config, tensors)})
+    return folder
 
 
 def is_audio(name: str) -> bool:
-    """Of a layer or weight: does only sound need it?"""
-    return any(part in name for part in ("audio", "a2v", "av_cross"))
+    """Of a layer, weight or setting: does only sound need it?"""
+    return any(part in name for part in ("audio", "a2v", "av_cross", "cross_attn_timestep"))
+
+
+def to_diffusers(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Our constructor's arguments and tensors as diffusers' transformer has them, sound as small as it can be.
+
+    ValueError for the transformer of a later version.
+    """
+    named: dict[str, Any] = {theirs: config[ours] for ours, theirs in _SIZES.items()}
+    named |= {"out_channels": config["in_channels"], "cross_attention_dim": config["heads"] * config["head_dim"]}
+    sound = {"in_channels": 1, "out_channels": 1, "num_attention_heads": 1, "attention_head_dim": 2}
+    named |= {f"audio_{k}": v for k, v in {**sound, "cross_attention_dim": 2}.items()}
+    named |= {"rope_type": "split", **config["options"]}
+    other = [f"{k}={named[k]}" for k, v in _LTX2.items() if named.get(k, v) != v]
+    if other:
+        raise ValueError(
+            f"the refiner is LTX-2's transformer; this one has {', '.join(other)}, as later versions do. {HOW_TO_GET}"
+        )
+    return named, {k.removeprefix("transformer."): v for k, v in tensors.items()}
+
+
+def from_diffusers(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse, without sound: arguments, `options` among them where something is not LTX-2's, and tensors."""
+    from diffusers import LTX2VideoTransformer3DModel
+
+    plain = {k: p.default for k, p in inspect.signature(LTX2VideoTransformer3DModel).parameters.items()}
+    sizes = {ours: config.get(theirs, plain[theirs]) for ours, theirs in _SIZES.items()}
+    plain = json.loads(json.dumps({**plain, **to_diffusers({**sizes, "options": {}}, {})[0]}))  # lists, as in files
+    options = {k: v for k, v in config.items() if not is_audio(k) and plain.get(k) != v}
+    video = {f"transformer.{k}": v for k, v in tensors.items() if not is_audio(k)}
+    return {**sizes, "options": options}, video
+
+
+# Reading and writing, as of the other models.
+ADAPTERS = {_CLASS: from_diffusers}
+EXPORTS = {"diffusers": (_CLASS, "diffusion_pytorch_model", to_diffusers)}
 
 
 def read_lora(file: str | Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

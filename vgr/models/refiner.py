@@ -8,7 +8,7 @@ in front of the oldest frame still remembered, the latest refined frames, and it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgr.models import ltx2_weights, weights
+from vgr.nn.frozen import dtype_of
 from vgr.types import Conditioning
-
-# LTX-2's values of what later versions changed.
-_LTX2 = {
-    "gated_attn": False, "cross_attn_mod": False, "perturbed_attn": False, "use_keyframes_abs_pos_embedding": False,
-    "use_prompt_embeddings": True, "patch_size": 1, "patch_size_t": 1,
-}  # fmt: skip
 
 Table = tuple[Tensor, Tensor]  # cosine and sine of rotary angles, tokens next to last
 
@@ -71,33 +66,45 @@ class Refiner(nn.Module):
     Bidirectional inside a chunk of `cond.layout`, causal between chunks, behind the sink: with one chunk the released
     bidirectional refiner, with several masked chunk-causal, with a state it streams; LTX-2 itself with sink=0.
 
-    transformer: LTX-2's (not 2.3's), whose audio layers are removed here; fps: raw frames a second, which the temporal
-    RoPE is told; sink: first frames of a video that read themselves alone and that all others read; window: frames of
-    keys and values kept, the sink among them (None: all); activation_checkpointing: recompute blocks in the backward.
+    in_channels to layers: LTX-2's (not 2.3's) sizes; options: what else of `LTX2VideoTransformer3DModel` is not as in
+    LTX-2. Its audio layers are removed. fps: raw frames a second, which the temporal RoPE is told; sink: first frames
+    of a video that read themselves alone and that all others read; window: frames of keys and values kept, the sink
+    among them (None: all); activation_checkpointing: recompute blocks in the backward; dtype: of the weights.
     """
+
+    takes_cameras = False
 
     def __init__(
         self,
-        transformer: nn.Module,
+        in_channels: int = 128,
+        text_width: int = 3840,
+        heads: int = 32,
+        head_dim: int = 128,
+        layers: int = 48,
+        options: Mapping[str, Any] | None = None,
         fps: float = 16.0,
         sink: int = 1,
         window: int | None = 11,
         activation_checkpointing: bool = False,
+        dtype: str = "float32",
     ) -> None:
+        from diffusers import LTX2VideoTransformer3DModel
+
         super().__init__()
-        other = [f"{k}={transformer.config[k]}" for k, v in _LTX2.items() if transformer.config[k] != v]
-        if other:
-            raise ValueError(
-                f"the refiner is LTX-2's transformer; this one has {', '.join(other)}, as later versions do. "
-                f"{ltx2_weights.HOW_TO_GET}"
-            )
         if sink < 0 or (window is not None and window < sink):
             raise ValueError(f"sink={sink}, window={window}: the window holds the sink, so use 0 <= sink <= window")
-        for module in (transformer, *transformer.transformer_blocks):
+        sizes = {"in_channels": in_channels, "text_width": text_width, "heads": heads, "head_dim": head_dim}
+        self.config: dict[str, Any] = {
+            **sizes, "layers": layers, "options": dict(options or {}), "fps": fps, "sink": sink, "window": window,
+            "activation_checkpointing": activation_checkpointing, "dtype": dtype,
+        }  # fmt: skip
+        settings, _ = ltx2_weights.to_diffusers(self.config, {})
+        self.transformer = weights.build(LTX2VideoTransformer3DModel, settings, meta=False)
+        for module in (self.transformer, *self.transformer.transformer_blocks):
             for name in filter(ltx2_weights.is_audio, [*module._modules, *module._parameters]):
                 delattr(module, name)
-        self.transformer = transformer
-        self.in_channels, self.text_width = transformer.config.in_channels, transformer.config.caption_channels
+        self.to(dtype_of("model", dtype))
+        self.in_channels, self.text_width = in_channels, text_width
         self.fps, self.sink, self.window, self.activation_checkpointing = fps, sink, window, activation_checkpointing
 
     @classmethod
@@ -108,12 +115,10 @@ class Refiner(nn.Module):
 
         settings: constructor arguments. ValueError or FileNotFoundError name what is missing or does not fit.
         """
-        from diffusers import LTX2VideoTransformer3DModel
-
-        config, tensors = ltx2_weights.read(source, revision, "transformer", "LTX2VideoTransformer3DModel")
-        model = cls(weights.build(LTX2VideoTransformer3DModel, config), **settings)
-        video = {k: v for k, v in tensors.items() if not ltx2_weights.is_audio(k)}
-        weights.assign(model.transformer, video, source, dtype=dtype)
+        path = ltx2_weights.find(source, revision, "transformer")
+        config, tensors = weights.load_folder(path, ltx2_weights.ADAPTERS)
+        model = weights.build(cls, {**config, **settings})
+        weights.assign(model, tensors, source, dtype=dtype)
         return model
 
     def new_state(self, detach: bool = True) -> RefinerState:
@@ -220,20 +225,6 @@ class Refiner(nn.Module):
         coords = torch.cat([time.repeat_interleave(cells, 2), space.repeat(1, 1, len(position), 1)], dim=1)
         cos, sin = rope(coords, device=device)
         return cos.expand(batch, *cos.shape[1:]), sin.expand(batch, *sin.shape[1:])
-
-    def add_lora(self, rank: int = 384) -> None:
-        """Freeze the transformer and give attention Q, K, V, O and feed-forward fp32 adapters to train (spec 7)."""
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-
-        self.requires_grad_(False)
-        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ltx2_weights.LORA_TARGETS))
-        cast_training_params(self.transformer)
-
-    def save_lora(self, folder: str | Path) -> None:
-        """Write the adapter as pytorch_lora_weights.safetensors (PEFT keys) into a new or empty folder."""
-        with weights.new_folder(folder) as part:
-            self.transformer.save_lora_adapter(part)
 
     def load_lora(self, file: str | Path) -> None:
         """Add an adapter in PEFT's or diffusers' keys; what belongs to audio is left out. `merge_lora` folds it in.

@@ -25,7 +25,8 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
+        out = super().forward(input)  # of a base in bfloat16, under adapters in fp32
+        return out + (self.scale * self.lora_B(self.lora_A(input.to(self.lora_A.weight.dtype)))).to(out.dtype)
 
 
 def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> None:

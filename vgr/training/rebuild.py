@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vgr.models import causal_video_weights, weights, world_model_weights
+from vgr.models import causal_video_weights, ltx2_weights, weights, world_model_weights
 from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
+from vgr.models.ltx2_text import LTX2Text
 from vgr.models.ltx2_vae import LTX2Codec
+from vgr.models.refiner import Refiner
 from vgr.models.text import ByteTextEncoder
 from vgr.models.umt5 import UMT5Text
 from vgr.models.wan_vae import WanCodec
@@ -22,19 +24,23 @@ from vgr.nn import lora
 from vgr.training import budget, checkpoints
 from vgr.types import Codec
 
-PARTS = (WorldModel, CausalVideo, ByteTextEncoder, Gemma2Text, UMT5Text, CosineCodec, LTX2Codec, WanCodec)
+TEXTS, CODECS = (ByteTextEncoder, Gemma2Text, UMT5Text, LTX2Text), (CosineCodec, LTX2Codec, WanCodec)
+PARTS = (WorldModel, CausalVideo, Refiner, *TEXTS, *CODECS)
 KNOWN = {part.__name__: part for part in PARTS}
 # Translations of weights by the model they are of.
-WEIGHTS = {"WorldModel": world_model_weights, "CausalVideo": causal_video_weights}
+WEIGHTS = {"WorldModel": world_model_weights, "CausalVideo": causal_video_weights, "Refiner": ltx2_weights}
 
 
-def rebuild(checkpoint: Path, memory: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def rebuild(checkpoint: Path, memory: Mapping[str, Any] | None = None, refiner: bool = False) -> dict[str, Any]:
     """{"model", "text", "codec"} with averaged weights; classes are chosen by name from KNOWN, never imported.
 
-    memory: settings of a causal video model's memory, instead of its own.
-    FileNotFoundError or ValueError name what is missing, damaged or does not fit.
+    memory: settings of a causal video model's memory, instead of its own. Of a refiner's run if `refiner`, else of one
+    that generates. FileNotFoundError or ValueError name what is missing, damaged or does not fit.
     """
     record, tensors = read(checkpoint)
+    if (record["model"]["class"] == "Refiner") != refiner:
+        told = "makes no refinement" if refiner else "refines what another run made: vgr-sample refiner=<it>"
+        raise ValueError(f"{checkpoint} holds a {record['model']['class']}, which {told}")
     record = budget.with_memory(record, memory)
     parts: dict[str, Any] = {}
     for part in ("model", "text", "codec"):
@@ -85,6 +91,17 @@ def refuse_other_codec(key: str, run: str | Path, codec: Codec) -> None:
         )
 
 
+def refuse_other_refiner(source: str | Path, config: dict[str, Any], model: Mapping[str, Any]) -> None:
+    """ValueError if the refiner of `source`, of this configuration, is another than `model`: shapes do not tell all."""
+    differ = [
+        f"model.{k}={model.get(k)} (there: {config[k]})"
+        for k in ("in_channels", "text_width", "heads", "head_dim", "layers", "options")
+        if (model.get(k) or {}) != (config[k] or {})
+    ]
+    if differ:
+        raise ValueError(f"init_from={source} is a refiner of other settings, {', '.join(differ)}: take those")
+
+
 def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     """Tensors of `model` or `text` without that prefix, and without those of a release that no output depends on."""
     unused = f"{part}.{weights.UNUSED}"
@@ -125,6 +142,8 @@ def _weights(source: str | Path, revision: str | None) -> tuple[str, dict[str, A
     path = weights.fetch(source, revision, patterns, " ".join(names.HOW_TO_GET for names in known))
     adapters = {form: translate for names in known for form, translate in names.ADAPTERS.items()}
     config, tensors = weights.load_folder(path, {**adapters, None: _from_original}, world_model_weights.INSIDE)
+    if any(name.startswith("transformer.") for name in tensors):
+        return "Refiner", config, tensors
     return "CausalVideo" if "patch_embed.weight" in tensors else "WorldModel", config, tensors
 
 

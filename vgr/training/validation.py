@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgr.diffusion import flow
+from vgr.diffusion import flow, refine
 from vgr.diffusion.guidance import teacher_forced
+from vgr.diffusion.objectives import refinement_at
 from vgr.seeding import normal_like
 from vgr.training.conditioning import conditioning
-from vgr.types import Cameras, Denoiser, TextEncoder, VideoBatch
+from vgr.types import Cameras, Conditioning, Denoiser, Layout, TextEncoder, VideoBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,3 +94,64 @@ def validate(
         start = end
     keys = tuple(k for b in batches for k in b.keys)
     return Validation(keys, tuple(levels), torch.cat(own), torch.cat(shuffled) if shuffled else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairValidation(Validation):
+    """Losses of N held-out pairs, and root mean square distances to true latents behind the sink.
+
+    distance_N3: of stage 1's latents, of the refined ones, and of those refined from another clip's stage 1.
+    """
+
+    distance_N3: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """Beside the losses val/distance_* and val/gain_*: how much nearer refining comes, 95 % paired intervals."""
+        values = super().metrics()
+        stage1, refined, other = self.distance_N3.unbind(1)
+        for name, column in (("stage1", stage1), ("refined", refined), ("other_stage1", other)):
+            values[f"val/distance_{name}"] = float(column.mean())
+        for name, gain in (("over_stage1", stage1 - refined), ("over_other_stage1", other - refined)):
+            mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
+            values |= {f"val/gain_{name}{end}": mean + half * k for end, k in (("", 0), ("_low", -1), ("_high", 1))}
+        return values
+
+
+@torch.no_grad()
+def validate_pairs(
+    network: Denoiser, text: TextEncoder, batches: Sequence[VideoBatch], levels: Sequence[float], *,
+    sigma_start: float, reference: int, seed: int, chunk: int | None, device: Any,
+) -> PairValidation:  # fmt: skip
+    """Losses of the refinement path at fixed sigmas, and three steps from stage 1: with its own, with another clip's.
+
+    chunk: latent frames of a chunk; None: the whole video at once. At least two pairs are needed (ValueError).
+    """
+    pairs = torch.cat([batch.latents for batch in batches])
+    if len(pairs) < 2:
+        raise ValueError(f"validation compares stage 1 between clips and needs at least 2 pairs, got {len(pairs)}")
+    others, losses, distances, start = pairs.roll(len(pairs) // 2, 0), [], [], 0
+    for batch in batches:
+        clips = torch.arange(start, start := start + len(batch.keys))
+        latents, other = batch.latents.to(device), others[clips].to(device)
+        (low, high), states = latents.chunk(2, dim=1), text(batch.captions)
+        layout = Layout.chunked(*high.shape[::2][:2], chunk or high.shape[2], device)
+        rows = []
+        for level in levels:
+            noise = normal_like(high, seed, f"validation {level:g}", clips)
+            sigma_B = torch.full((len(clips),), level)
+            noised = refinement_at(latents, noise, sigma_B, sigma_start, reference)
+            v, _ = network(noised.x, noised.t, Conditioning(layout, states))
+            rows.append(flow.velocity_loss(v, noised.target, noised.weight))
+        losses.append(torch.stack(rows, 1).double().cpu())
+        sizes = layout.chunk.bincount().tolist()
+        made = [low]
+        for stage1 in (low, other.chunk(2, dim=1)[0]):
+            given = torch.cat([high[:, :, :reference], stage1[:, :, reference:]], dim=2)
+            if chunk is None:
+                made.append(refine.refine(network, given, states, seed))
+            else:
+                made.append(torch.cat(list(refine.refine_stream(network, given.split(sizes, 2), states, seed)), 2))
+        squares = [(x - high)[:, :, reference:].double().square().flatten(1).mean(1).sqrt().cpu() for x in made]
+        distances.append(torch.stack(squares, 1))
+    keys = tuple(k for b in batches for k in b.keys)
+    return PairValidation(keys, tuple(levels), torch.cat(losses), None, torch.cat(distances))

@@ -75,6 +75,8 @@ class WorldModelTraining(pl.LightningModule):
         if (takes := "teacher" in inspect.signature(objective).parameters) != (teacher is not None):
             fix = "needs a teacher: give teacher=<run folder>" if takes else "has no teacher: leave teacher=null"
             raise ValueError(f"training.objective {fix}")
+        if any(p.requires_grad and p.dtype != torch.float32 for m in (model, text) for p in m.parameters()):
+            raise ValueError("model.dtype: what is trained is float32; bfloat16 is for a frozen base, under lora.rank")
         self.model, self.text = model, text
         # Frozen parameters (the base of adapters) are their own average, and are held once.
         frozen = {id(p): p for m in (model, text) for p in m.parameters() if not p.requires_grad}

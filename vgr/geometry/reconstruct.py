@@ -24,6 +24,7 @@ from scipy.optimize import minimize_scalar
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
+from vgr.geometry.alignment import turn_between
 from vgr.geometry.cameras import fov_deg
 from vgr.geometry.checks import FOV_DEG
 
@@ -178,17 +179,6 @@ def _map(folder: Path, mapper: str, refine: bool, seed: int, threads: int) -> py
     return max(models.values(), key=lambda model: model.num_reg_images(), default=None)
 
 
-def _turn(a_N3: Array, b_N3: Array, focal: float) -> tuple[Array, float]:
-    """The rotation R (3,3) with b = R a for most unit bearings, and the median of what it leaves, in pixels."""
-    weight = np.ones(len(a_N3))
-    for _ in range(10):
-        u, _, vt = np.linalg.svd((b_N3 * weight[:, None]).T @ a_N3)
-        rotation = u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt
-        left = np.linalg.norm(b_N3 - a_N3 @ rotation.T, axis=1) * focal
-        weight = 1 / (1 + left**2)  # Cauchy at one pixel
-    return rotation, float(np.median(left))
-
-
 def _turns(pairs: Pairs, k: Array, size_hw: tuple[int, int]) -> tuple[dict[tuple[int, int], Array], Array]:
     """Rotations of all pairs and what each leaves of its matches' motion, in pixels (P,)."""
     scale = np.tile(size_hw[::-1], 2) * k
@@ -196,7 +186,7 @@ def _turns(pairs: Pairs, k: Array, size_hw: tuple[int, int]) -> tuple[dict[tuple
     for pair, both in pairs.items():
         rays = [np.concatenate([(p - scale[2:]) / scale[:2], np.ones((len(p), 1))], axis=1) for p in both]
         a, b = (r / np.linalg.norm(r, axis=1, keepdims=True) for r in rays)
-        turns[pair], residual = _turn(a, b, math.sqrt(scale[0] * scale[1]))
+        turns[pair], residual = turn_between(a, b, math.sqrt(scale[0] * scale[1]))
         left.append(residual)
     return turns, np.array(left)
 

@@ -24,8 +24,8 @@ _PAIRS, _CORNERS = 12, 400
 _APART = 0.02  # of the width: the least median motion of a pair
 _PARALLAX_PX = 1.5  # least median motion that no turn explains; below, translation cannot be judged
 _BAD_PX = 3.0  # error beyond which cameras are not those of the frames
-_BETTER = 0.6  # a reading whose error is below this share of the given one's is the likelier one
-_NOISE_PX = 0.5  # tracking alone; smaller errors are not told apart
+_BETTER = 0.7  # a reading whose error is below this share of the given one's is the likelier one
+_NOISE_PX = 0.2  # of tracking alone
 
 
 def _flip(*signs: float) -> Callable[[Array], Array]:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.poses --out benchmarks/results/poses_doom.json
 
-Ten held-out walks that travel (a metre or more), taken in order of their index whatever comes back, then shots made to
-fail: walks on the spot ("look"), frames darkened to little contrast, and one frame shown again and again. A walk is well
-where every frame is registered, rotations are within 0.1 degrees on average after alignment by rotations, and positions
-within 1 % of the path's length on average. Seconds are wall time with two threads; cpu_s, the process's own, tells
-whether the machine was shared.
+Ten held-out walks that travel (a metre or more), taken in order of their index whatever comes back, then shots made
+to fail: walks on the spot ("look"), frames darkened to little contrast, and one frame shown again and again. A walk is
+well where every frame is registered, rotations are within 0.1 degrees on average after alignment by rotations, and
+positions within 1 % of the path's length on average. Seconds are wall time with two threads; cpu_s, the process's own,
+tells whether the machine was shared.
 """
 
 from __future__ import annotations

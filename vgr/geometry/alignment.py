@@ -55,7 +55,7 @@ def rotation_mean(src_R: ArrayLike, dst_R: ArrayLike) -> Array:
 
 
 def turn_between(a_N3: Array, b_N3: Array, focal_px: float) -> tuple[Array, float]:
-    """The rotation R (3,3) with b = R a for most unit bearings (Cauchy at one pixel), and the median left, in pixels."""
+    """The rotation R (3,3) with b = R a for most unit bearings (Cauchy at one pixel), and the median left, pixels."""
     weight = np.ones(len(a_N3))
     for _ in range(10):
         u, _, vt = np.linalg.svd((b_N3 * weight[:, None]).T @ a_N3)

@@ -1,9 +1,9 @@
-"""Do cameras belong to the frames they came with? Pose files misread look plausible (specs/benchmarks 4.4): pictures tell.
+"""Do cameras belong to their frames? Misread pose files look plausible (specs/benchmarks 4.4): the pictures tell.
 
 Corners are tracked (Lucas-Kanade, forward and back) between frames far enough apart to move. Where a point can go is
 the half of its epipolar line on which it lies in front of the camera; the error is how far from there it went, in
-pixels of a picture 640 wide, the median over a pair's tracks. Unlike the Sampson error it also tells a path run backwards,
-whose epipolar lines are the same. The cameras as given are held against the usual misreadings.
+pixels of a picture 640 wide, the median over a pair's tracks. Unlike the Sampson error it also tells a path run
+backwards, whose epipolar lines are the same. The cameras as given are held against the usual misreadings.
 """
 
 from __future__ import annotations
@@ -105,11 +105,12 @@ def check_convention(frames_FHW3: ArrayLike, cameras: Cameras) -> ConventionRepo
     parallax = float(np.quantile([parallax for *_, parallax in found], 0.75))
     same = (errors_R + _NOISE_PX) * _BETTER <= errors_R[0] + _NOISE_PX
     undecided = tuple(name for name, s in zip(READINGS, same) if s and name != "as given")
-    return ConventionReport("agrees" if parallax >= _PARALLAX_PX else "undecidable", told, undecided, parallax, len(found))
+    verdict = "agrees" if parallax >= _PARALLAX_PX else "undecidable"
+    return ConventionReport(verdict, told, undecided, parallax, len(found))
 
 
 def _pairs(frames: NDArray[np.uint8], k: Array) -> list[tuple[int, int, tuple[Array, Array], float]]:
-    """Up to _PAIRS pairs i, j of frames with their tracks (starts and ends (N,2), normalised) and parallax in pixels."""
+    """Up to _PAIRS pairs i, j of frames, their tracks (starts and ends (N,2), normalised) and parallax in pixels."""
     import cv2
 
     height, width = frames.shape[1:3]

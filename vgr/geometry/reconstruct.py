@@ -2,10 +2,11 @@
 
 pycolmap: SIFT of at most 2000 features a frame, matched with the next five, mapped incrementally or globally, one
 pinhole camera. Frames 8 or 16 apart are not matched: where textures repeat, as in a game's, more than half of such
-matches are of another tile, and they measured 12 degrees of error in place of 0.02. Frames that only turn, where no translation can be seen, get rotations
-from the matches alone: the turn between two frames that best carries unit bearings onto each other, reweighted, and all
-turns of the shot made consistent by their spectral average. About a second a frame of 640x480 on two cores: hand long
-shots in as every n-th frame and put `vgr.geometry.cameras.interpolate` between.
+matches are of another tile, and they measured 12 degrees of error in place of 0.02. Frames that only turn, where no
+translation can be seen, get rotations from the matches alone: the turn between two frames that best carries unit
+bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average. Half a second
+to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
+`vgr.geometry.cameras.interpolate` between.
 """
 
 from __future__ import annotations

@@ -179,6 +179,9 @@ def _map(folder: Path, mapper: str, refine: bool, seed: int, threads: int) -> py
         run = pycolmap.global_mapping
     options.num_threads, options.random_seed = threads, seed
     models = run(folder / "database.db", folder / "images", folder / "models", options)
+    if not models and mapper == "incremental":  # forward motion, or little of it: a start that COLMAP does not trust
+        options.mapper.init_min_tri_angle, options.mapper.init_max_forward_motion = 2.0, 1.0
+        models = run(folder / "database.db", folder / "images", folder / "models", options)
     return max(models.values(), key=lambda model: model.num_reg_images(), default=None)
 
 

@@ -93,7 +93,7 @@ def reconstruct(
         turned, parallax_px = _rotations(pairs, failed, frames.shape[1:3])
         if parallax_px < _TURNED_PX:
             return _judged(turned)
-        model = _map(folder, mapper, k is None, seed, threads)
+        model = _map(folder, mapper, k is None, seed, threads, insist=parallax_px >= _NEARLY_TURNED_PX)
     share = 0.0 if model is None else model.num_reg_images() / len(frames)
     if share < MIN_REGISTERED:
         if parallax_px < _NEARLY_TURNED_PX:
@@ -161,7 +161,9 @@ def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, 
     return pairs
 
 
-def _map(folder: Path, mapper: str, refine: bool, seed: int, threads: int) -> pycolmap.Reconstruction | None:
+def _map(
+    folder: Path, mapper: str, refine: bool, seed: int, threads: int, insist: bool
+) -> pycolmap.Reconstruction | None:
     """The largest model of the matches in the folder's database."""
     import pycolmap
 
@@ -179,7 +181,7 @@ def _map(folder: Path, mapper: str, refine: bool, seed: int, threads: int) -> py
         run = pycolmap.global_mapping
     options.num_threads, options.random_seed = threads, seed
     models = run(folder / "database.db", folder / "images", folder / "models", options)
-    if not models and mapper == "incremental":  # forward motion, or little of it: a start that COLMAP does not trust
+    if not models and insist and mapper == "incremental":  # forward motion, or little of it: a start that COLMAP does not trust
         options.mapper.init_min_tri_angle, options.mapper.init_max_forward_motion = 2.0, 1.0
         models = run(folder / "database.db", folder / "images", folder / "models", options)
     return max(models.values(), key=lambda model: model.num_reg_images(), default=None)

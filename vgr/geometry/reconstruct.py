@@ -181,7 +181,8 @@ def _map(
         run = pycolmap.global_mapping
     options.num_threads, options.random_seed = threads, seed
     models = run(folder / "database.db", folder / "images", folder / "models", options)
-    if not models and insist and mapper == "incremental":  # forward motion, or little of it: a start that COLMAP does not trust
+    # A walk straight ahead, or a short one: COLMAP trusts no such pair of frames to start from.
+    if not models and insist and mapper == "incremental":
         options.mapper.init_min_tri_angle, options.mapper.init_max_forward_motion = 2.0, 1.0
         models = run(folder / "database.db", folder / "images", folder / "models", options)
     return max(models.values(), key=lambda model: model.num_reg_images(), default=None)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import zipfile
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from vgr.geometry.formats import read_cameras, write_cameras
+from vgr.geometry.published import read_published
 from vgr.types import Cameras
 
 F, HEIGHT, WIDTH = 6, 480, 640
@@ -123,8 +125,8 @@ def test_written_tum_is_scipys(tmp_path, poses):
     np.testing.assert_allclose(rows[:, 0], np.arange(F) / 8)
     np.testing.assert_allclose((Rotation.from_quat(rows[:, 4:]) * rotation.inv()).magnitude(), 0, atol=1e-9)
     check(read_cameras(tmp_path / "out.txt"), c2w, times=np.arange(F) / 8, atol=1e-9)
-    with pytest.raises(ValueError, match="nerf.*vgr, kitti or tum"):
-        write_cameras(tmp_path / "x", cameras, 8, "nerf")
+    with pytest.raises(ValueError, match="blender.*vgr, sana_wm_bench, kitti, tum"):
+        write_cameras(tmp_path / "x", cameras, 8, "blender")
 
 
 @pytest.mark.parametrize("head", ["", "https://www.youtube.com/watch?v=x\n", "a title of words\n"])
@@ -236,7 +238,7 @@ def test_wrong_colmap_models_are_named(tmp_path, poses):
         ("1 SIMPLE_RADIAL 640 480 480 320 240 0.1", "cameras.txt: line 2: lens distortion"),
         ("1 FOV 640 480 480 480 320 240 0.1", "cameras.txt: line 2: needs CAMERA_ID MODEL"),
         ("1 PINHOLE 640 480 480", "cameras.txt: line 2: needs 6 finite numbers"),
-        ("2 PINHOLE 640 480 512 480 332.8 225.6", "images.txt: line 2: needs IMAGE_ID"),
+        ("2 PINHOLE 640 480 512 480 332.8 225.6", "images.txt: line 2: no camera 1"),
     ):
         with pytest.raises(ValueError, match=told):
             read_cameras(colmap(tmp_path / "0", poses, names, camera))
@@ -245,8 +247,115 @@ def test_wrong_colmap_models_are_named(tmp_path, poses):
     with pytest.raises(ValueError, match="several sizes"):
         read_cameras(two)
     (two / "images.txt").rename(two / "images.bin")
-    with pytest.raises(ValueError, match="model_converter"):
+    with pytest.raises(ValueError, match="holds no cameras.bin and images.bin"):
         read_cameras(two)
+
+
+def binary(folder, poses, names, points=3):
+    """COLMAP's layout by hand: counts, then records, little-endian."""
+    rotation, c2w = poses
+    w2c = np.linalg.inv(c2w)
+    folder.mkdir(exist_ok=True)
+    (folder / "cameras.bin").write_bytes(struct.pack("<QIiQQ4d", 1, 7, 1, WIDTH, HEIGHT, *PIXELS))
+    data = struct.pack("<Q", F)
+    for i, (name, q) in enumerate(zip(names, rotation.inv().as_quat())):
+        data += struct.pack("<I7dI", i + 1, q[3], *q[:3], *w2c[i, :3, 3], 7) + name.encode() + b"\0"
+        data += struct.pack("<Q", points) + points * struct.pack("<2dq", 1.5, 2.5, -1)
+    (folder / "images.bin").write_bytes(data)
+    return folder
+
+
+def test_colmap_in_binary_equals_text(tmp_path, poses):
+    names = [f"frame_{i}.png" for i in (9, 10, 1, 2, 11, 100)]
+    folder = binary(tmp_path / "0", poses, names)
+    for given in (folder, folder / "images.bin", folder / "cameras.bin"):
+        found = read_cameras(given)
+        check(found, poses[1][[2, 3, 0, 1, 4, 5]], K)
+        assert found.size_hw == (HEIGHT, WIDTH)
+    colmap(folder, poses, [f"{i}.png" for i in range(F)])
+    check(read_cameras(folder / "images.txt"), poses[1], K)
+
+
+def test_colmaps_own_binary_files(tmp_path, poses):
+    pycolmap = pytest.importorskip("pycolmap")
+    model = pycolmap.Reconstruction()
+    camera = pycolmap.Camera(camera_id=1, model="PINHOLE", width=640, height=480, params=PIXELS)
+    model.add_camera_with_trivial_rig(camera)
+    for i, w2c in enumerate(np.linalg.inv(poses[1])):
+        image = pycolmap.Image(name=f"{i}.png", camera_id=1, image_id=i + 1)
+        model.add_image_with_trivial_frame(image, pycolmap.Rigid3d(w2c[:3]))
+    model.write_binary(tmp_path)
+    check(read_cameras(tmp_path), poses[1], K)
+
+
+def test_binary_counts_beyond_the_file_allocate_nothing(tmp_path, poses):
+    folder = binary(tmp_path / "0", poses, [f"{i}.png" for i in range(F)])
+    whole = {name: (folder / name).read_bytes() for name in ("cameras.bin", "images.bin")}
+    for name, damaged, told in (
+        ("cameras.bin", struct.pack("<Q", 1 << 60) + whole["cameras.bin"][8:], "cameras.bin: says 1152921504606846976"),
+        ("images.bin", struct.pack("<Q", F + 9) + whole["images.bin"][8:], "images.bin: says"),
+        ("images.bin", whole["images.bin"][:-1], "images.bin: says"),
+        ("images.bin", b"", "images.bin: says 1 items of 8 bytes or more at byte 0 of its 0"),
+        ("images.bin", whole["images.bin"].replace(b"\0", b"x"), "images.bin"),
+        ("cameras.bin", whole["cameras.bin"].replace(struct.pack("<i", 1), struct.pack("<i", 99), 2), "camera 7|says"),
+    ):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=told):
+            read_cameras(folder)
+        (folder / name).write_bytes(whole[name])
+
+
+@pytest.mark.parametrize("format", ["vgr", "sana_wm_bench", "kitti", "tum", "realestate10k", "colmap", "nerf"])
+@pytest.mark.parametrize("zoom", [False, True])
+def test_what_is_written_is_read_back(tmp_path, poses, format, zoom):
+    k = torch.tensor(K) * (1 + 0.1 * torch.arange(F)[:, None] * zoom)
+    names = {"vgr": "x.npz", "sana_wm_bench": "x.npz", "colmap": "0", "nerf": "transforms.json"}
+    path = tmp_path / names.get(format, "x.txt")
+    write_cameras(path, Cameras(torch.tensor(poses[1])[None], k[None]), 16, format, size_hw=(HEIGHT, WIDTH))
+    found = read_cameras(path, size_hw=(HEIGHT, WIDTH))
+    timed = format not in ("kitti", "colmap", "nerf")
+    lenses = None if format in ("kitti", "tum") else k.numpy()
+    check(found, poses[1], lenses, np.arange(F) / 16 if timed else None, 1e-9)
+
+
+def test_writers_refuse_what_a_format_cannot_hold(tmp_path, poses):
+    cameras = Cameras(torch.tensor(poses[1])[None], torch.full((1, F, 4), torch.nan))
+    for format in ("colmap", "nerf", "sana_wm_bench"):
+        with pytest.raises(ValueError, match=f"{format} holds intrinsics in pixels"):
+            write_cameras(tmp_path / "x", cameras, 8, format)
+    for format in ("vgr", "realestate10k"):
+        with pytest.raises(ValueError, match="not finite"):
+            write_cameras(tmp_path / "x", cameras, 8, format)
+    assert not list(tmp_path.iterdir())
+
+
+def published(folder, poses, **changed):
+    """Two clips of two and four frames in one sidecar, and the zip that tells their sizes."""
+    pixels = np.tile(PIXELS, (F, 1))
+    arrays = {"ids": np.array(["b", "a"]), "ranges": np.array([[0, 2], [2, 4]]), "pose": poses[1], "intrinsics": pixels}
+    np.savez(folder / "part_camera.npz", **{**arrays, **changed})
+    (folder / "part_metric_scale_stats.json").write_text(json.dumps({"a": {"median": 2.0}, "b": 0.5}))
+    with zipfile.ZipFile(folder / "part.zip", "w") as archive:
+        for key in "ab":
+            archive.writestr(f"{key}.json", json.dumps({"width": WIDTH, "height": HEIGHT, "prompt": key}))
+    return folder / "part.zip"
+
+
+def test_published_zips_hold_many_clips_in_units_of_their_own(tmp_path, poses):
+    found = read_published(published(tmp_path, poses))
+    assert list(found) == ["b", "a"] and found["a"].size_hw == (HEIGHT, WIDTH)
+    for key, rows, metres in (("b", slice(0, 2), 0.5), ("a", slice(2, 6), 2.0)):
+        c2w = poses[1][rows].copy()
+        c2w[:, :3, 3] *= metres
+        check(found[key], c2w, K)
+    for changed, told in (
+        ({"ranges": np.array([[0, 2], [2, 5]])}, "a: rows 2 to 7 of 6"),
+        ({"ids": np.array(["b", "c"])}, "c"),
+        ({"pose": poses[1][:5]}, r"pose.*\(5, 4, 4\)"),
+        ({"ids": np.array([{"b": 1}, 2])}, "part_camera.npz"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read_published(published(tmp_path, poses, **changed))
 
 
 def test_wrong_npz_are_named_and_never_unpickled(tmp_path, poses):

@@ -34,7 +34,7 @@ _ALL_MAPS = tuple(f"freedoom1/E{e}M{m}" for e in range(1, 5) for m in range(1, 1
 _LEFT_OUT = ("freedoom1/E3M1", "freedoom2/MAP16", "freedoom2/MAP24", "freedoom2/MAP31")
 TRAIN_MAPS = tuple(m for m in _ALL_MAPS if m not in VAL_MAPS + _LEFT_OUT)
 # Every resolution of the engine that is 4:3, the smallest first.
-_WIDTHS = (160, 256, 320, 400, 512, 640, 800, 1024)
+_WIDTHS = (160, 256, 320, 400, 512, 640, 800, 1024, 1280)
 # Numbers in a map of what can be picked up: keys, weapons, ammunition, health, armour, powers.
 _PICKUPS = (5, 6, 8, 13, 17, 38, 39, 40, 82, 83, *range(2001, 2009), *range(2010, 2016), 2018, 2019, *range(2022, 2027),
             *range(2045, 2050))

@@ -52,3 +52,14 @@ def rotation_mean(src_R: ArrayLike, dst_R: ArrayLike) -> Array:
     Defined on straight and rotation-only paths too, since it looks at orientations, not centres.
     """
     return (Rotation.from_matrix(dst_R) * Rotation.from_matrix(src_R).inv()).mean().as_matrix()
+
+
+def turn_between(a_N3: Array, b_N3: Array, focal_px: float) -> tuple[Array, float]:
+    """The rotation R (3,3) with b = R a for most unit bearings (Cauchy at one pixel), and the median left, pixels."""
+    weight = np.ones(len(a_N3))
+    for _ in range(10):
+        u, _, vt = np.linalg.svd((b_N3 * weight[:, None]).T @ a_N3)
+        rotation = u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt
+        left = np.linalg.norm(b_N3 - a_N3 @ rotation.T, axis=1) * focal_px
+        weight = 1 / (1 + left**2)
+    return rotation, float(np.median(left))

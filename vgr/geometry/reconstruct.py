@@ -1,0 +1,338 @@
+"""Cameras from the frames of one shot: structure from motion without weights (specs/world-model 8, benchmarks 4.3).
+
+pycolmap: SIFT of at most 2000 features a frame, matched with the next five, mapped incrementally or globally, one
+pinhole camera. Frames 8 or 16 apart are not matched: where textures repeat, as in a game's, more than half of such
+matches are of another tile, and they measured 12 degrees of error in place of 0.02. Frames that only turn, where no
+translation can be seen, get rotations from the matches alone: the turn between two frames that best carries unit
+bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average. Half a second
+to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
+`vgr.geometry.cameras.interpolate` between.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import eigh
+from scipy.optimize import minimize_scalar
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.transform import Rotation
+
+from vgr.geometry.alignment import turn_between
+from vgr.geometry.cameras import fov_deg
+from vgr.geometry.checks import FOV_DEG
+
+if TYPE_CHECKING:
+    import pycolmap
+
+Array = NDArray[np.float64]
+Pairs = dict[tuple[int, int], tuple[Array, Array]]  # frames i < j -> matched pixels (N,2) of both
+
+MAPPERS = ("incremental", "global")
+FEATURES, OVERLAP = 2000, 5
+SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
+MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
+MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
+_TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
+_NEARLY_TURNED_PX = 3.0  # the same where mapping failed
+_MIN_MATCHES = 15
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the frames tell of their cameras.
+
+    c2w (F,4,4) float64, OpenCV axes, relative to the first frame that is registered; NaN for frames that are not.
+    intrinsics (4,) normalised, given or estimated. The unit is the median depth of the sparse points, or metres where
+    `metric`. motion: "structure"; "rotation" where no translation can be seen (it is 0); "none" where nothing was
+    found. registered: share of frames; reprojection_px: mean over sparse points (rotation: median residual of the
+    matches). confidence: 0 to 1, registered share times how much of the structure is seen under a wide enough angle.
+    points (N,3): sparse points in the cameras' frame. reason: why the cameras should not be used; "" where they can be.
+    """
+
+    c2w: Array
+    intrinsics: Array
+    motion: str
+    registered: float
+    reprojection_px: float
+    confidence: float
+    points: Array
+    metric: bool
+    reason: str
+
+
+def reconstruct(
+    frames_FHW3: ArrayLike, intrinsics: ArrayLike | None = None, *, mapper: str = "incremental",
+    depth_m: float | ArrayLike | None = None, seed: int = 0, threads: int = 2,
+) -> Reconstruction:
+    """Cameras of one shot, frames (F,H,W,3) uint8, F >= 2.
+
+    intrinsics (4,), normalised: kept as they are; without them one focal length for square pixels and a centred axis
+    is estimated. mapper: MAPPERS. depth_m gives metres: the median depth of what the shot shows, or planar depth maps
+    (F,h,w) in metres of any size (0, negative or not finite: unknown). A failure is a result with a reason, never an
+    error; ValueError is for arguments. Equal arguments give equal results. threads bounds pycolmap's.
+    """
+    frames, k, depth = _checked(frames_FHW3, intrinsics, mapper, depth_m)
+    failed = Reconstruction(
+        np.full((len(frames), 4, 4), np.nan), np.full(4, np.nan) if k is None else k, "none", 0.0, math.nan, 0.0,
+        np.zeros((0, 3)), False, "",
+    )
+    with tempfile.TemporaryDirectory(prefix="vgr-poses-") as name:
+        folder = Path(name)
+        pairs = _match(folder, frames, k, seed, threads)
+        if not pairs:
+            return replace(failed, reason="no two frames share enough features: too little texture, or too fast")
+        turned, parallax_px = _rotations(pairs, failed, frames.shape[1:3])
+        if parallax_px < _TURNED_PX:
+            return _judged(turned)
+        model = _map(folder, mapper, k is None, seed, threads, insist=parallax_px >= _NEARLY_TURNED_PX)
+    share = 0.0 if model is None else model.num_reg_images() / len(frames)
+    if share < MIN_REGISTERED:
+        if parallax_px < _NEARLY_TURNED_PX:
+            return _judged(turned)
+        if model is None:
+            return replace(failed, reason=f"no structure was found from {parallax_px:.1f} pixels of parallax")
+    return _structure(model, failed, frames.shape[1:3], depth)
+
+
+def _checked(
+    frames: ArrayLike, intrinsics: ArrayLike | None, mapper: str, depth_m: float | ArrayLike | None
+) -> tuple[NDArray[np.uint8], Array | None, Array | None]:
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) < 2:
+        raise ValueError(f"frames must be uint8 of shape (F, H, W, 3), F >= 2; got {frames.dtype} {frames.shape}")
+    if mapper not in MAPPERS:
+        raise ValueError(f"unknown mapper {mapper!r}; known: {', '.join(MAPPERS)}")
+    k = None if intrinsics is None else np.asarray(intrinsics, dtype=np.float64)
+    if k is not None and (k.shape != (4,) or not np.isfinite(k).all() or (k[:2] <= 0).any()):
+        raise ValueError(f"intrinsics must be finite (4,), fx fy cx cy divided by the image's size; got {k}")
+    depth = None if depth_m is None else np.asarray(depth_m, dtype=np.float64)
+    if depth is not None and not (
+        (depth.ndim == 0 and 0 < depth < math.inf) or (depth.ndim == 3 and len(depth) == len(frames))
+    ):
+        raise ValueError(f"depth_m must be metres > 0 or maps ({len(frames)}, h, w); got {depth_m!r:.60}")
+    return frames, k, depth
+
+
+def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, threads: int) -> Pairs:
+    """Features and their verified matches, in `folder`/database.db, and the matches by pairs of frames."""
+    import cv2
+    import pycolmap
+
+    pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
+    pycolmap.set_random_seed(seed)
+    images, database = folder / "images", folder / "database.db"
+    images.mkdir()
+    for i, frame in enumerate(frames):
+        cv2.imwrite(str(images / f"{i:06d}.png"), frame[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    reader, extraction = pycolmap.ImageReaderOptions(), pycolmap.FeatureExtractionOptions()
+    reader.camera_model = "SIMPLE_PINHOLE" if k is None else "PINHOLE"
+    if k is not None:
+        reader.camera_params = ",".join(f"{v:.17g}" for v in k * np.tile(frames.shape[2:0:-1], 2))
+    extraction.sift.max_num_features, extraction.num_threads = FEATURES, threads
+    pycolmap.extract_features(
+        database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader,
+        extraction_options=extraction, device=pycolmap.Device.cpu,
+    )
+    matching, pairing = pycolmap.FeatureMatchingOptions(), pycolmap.SequentialPairingOptions()
+    verification = pycolmap.TwoViewGeometryOptions()
+    matching.num_threads = pairing.num_threads = threads
+    pairing.overlap, pairing.quadratic_overlap = OVERLAP, False
+    verification.ransac.random_seed, verification.ransac.max_error = seed, 2.0
+    pycolmap.match_sequential(database, matching, pairing, verification, device=pycolmap.Device.cpu)
+    with pycolmap.Database.open(database) as known:
+        index = {image.image_id: int(Path(image.name).stem) for image in known.read_all_images()}
+        points = {i: known.read_keypoints(image)[:, :2].astype(np.float64) for image, i in index.items()}
+        pairs: Pairs = {}
+        for pair, geometry in zip(*known.read_two_view_geometries()):
+            a, b = (index[image] for image in pycolmap.pair_id_to_image_pair(pair))
+            matches = geometry.inlier_matches
+            if len(matches) >= _MIN_MATCHES:
+                both = points[a][matches[:, 0]], points[b][matches[:, 1]]
+                pairs[min(a, b), max(a, b)] = both if a < b else both[::-1]
+    return pairs
+
+
+def _map(
+    folder: Path, mapper: str, refine: bool, seed: int, threads: int, insist: bool
+) -> pycolmap.Reconstruction | None:
+    """The largest model of the matches in the folder's database."""
+    import pycolmap
+
+    if mapper == "incremental":
+        options = pycolmap.IncrementalPipelineOptions()
+        options.extract_colors = False
+        options.ba_refine_focal_length = options.mapper.abs_pose_refine_focal_length = refine
+        options.mapper.num_threads, options.mapper.random_seed = threads, seed
+        options.triangulation.random_seed = seed
+        run: Callable[..., dict[int, Any]] = pycolmap.incremental_mapping
+    else:
+        options = pycolmap.GlobalPipelineOptions()
+        options.mapper.bundle_adjustment.refine_focal_length = refine
+        options.mapper.num_threads, options.mapper.random_seed = threads, seed
+        run = pycolmap.global_mapping
+    options.num_threads, options.random_seed = threads, seed
+    models = run(folder / "database.db", folder / "images", folder / "models", options)
+    # A walk straight ahead, or a short one: COLMAP trusts no such pair of frames to start from.
+    if not models and insist and mapper == "incremental":
+        options.mapper.init_min_tri_angle, options.mapper.init_max_forward_motion = 2.0, 1.0
+        models = run(folder / "database.db", folder / "images", folder / "models", options)
+    return max(models.values(), key=lambda model: model.num_reg_images(), default=None)
+
+
+def _turns(pairs: Pairs, k: Array, size_hw: tuple[int, int]) -> tuple[dict[tuple[int, int], Array], Array]:
+    """Rotations of all pairs and what each leaves of its matches' motion, in pixels (P,)."""
+    scale = np.tile(size_hw[::-1], 2) * k
+    turns, left = {}, []
+    for pair, both in pairs.items():
+        rays = [np.concatenate([(p - scale[2:]) / scale[:2], np.ones((len(p), 1))], axis=1) for p in both]
+        a, b = (r / np.linalg.norm(r, axis=1, keepdims=True) for r in rays)
+        turns[pair], residual = turn_between(a, b, math.sqrt(scale[0] * scale[1]))
+        left.append(residual)
+    return turns, np.array(left)
+
+
+def _rotations(pairs: Pairs, failed: Reconstruction, size_hw: tuple[int, int]) -> tuple[Reconstruction, float]:
+    """Cameras that only turn, and the parallax that they leave unexplained: of nine pairs in ten it is less, pixels."""
+    height, width = size_hw
+    k = failed.intrinsics
+    if np.isnan(k).any():
+
+        def of(log_focal: float) -> Array:
+            focal = math.exp(log_focal)
+            return np.array([focal, focal * width / height, 0.5, 0.5])
+
+        bounds = [math.log(0.5 / math.tan(math.radians(angle) / 2)) for angle in FOV_DEG[::-1]]
+        few = dict(list(pairs.items())[:: max(1, len(pairs) // 40)])
+        found = minimize_scalar(lambda f: _turns(few, of(f), size_hw)[1].mean(), bounds=bounds, method="bounded")
+        k = of(float(found.x))
+    turns, left = _turns(pairs, k, size_hw)
+    frames = len(failed.c2w)
+    linked, blocks = np.zeros((frames, frames)), np.zeros((frames, 3, frames, 3))
+    for (a, b), rotation in turns.items():
+        linked[a, b] = linked[b, a] = 1.0
+        blocks[b, :, a], blocks[a, :, b] = rotation, rotation.T
+    _, part = connected_components(linked, directed=False)
+    inside = np.flatnonzero(part == np.bincount(part).argmax())
+    degree = linked[np.ix_(inside, inside)].sum(1) ** -0.5
+    blocks = blocks[inside][:, :, inside] * degree[:, None, None, None] * degree[:, None]
+    n = 3 * len(inside)
+    _, vectors = eigh(blocks.reshape(n, n), subset_by_index=[n - 3, n - 1])
+    u, _, vt = np.linalg.svd(vectors.reshape(-1, 3, 3))
+    w2c = u @ vt
+    w2c = w2c * np.linalg.det(w2c)[:, None, None]
+    c2w = failed.c2w.copy()
+    c2w[inside] = np.eye(4)
+    c2w[inside, :3, :3] = w2c[0] @ w2c.swapaxes(1, 2)
+    share, residual = len(inside) / frames, float(np.median(left))
+    result = replace(
+        failed, c2w=c2w, intrinsics=k, motion="rotation", registered=share, reprojection_px=residual,
+        confidence=share / (1 + residual),
+    )  # fmt: skip
+    return result, float(np.quantile(left, 0.9))
+
+
+def _structure(
+    model: pycolmap.Reconstruction, failed: Reconstruction, size_hw: tuple[int, int], depth: Array | None
+) -> Reconstruction:
+    """The model relative to its first registered frame, in its unit or metres."""
+    height, width = size_hw
+    images = {int(Path(model.images[i].name).stem): model.images[i] for i in model.reg_image_ids()}
+    c2w = failed.c2w.copy()
+    for i, image in images.items():
+        c2w[i] = np.linalg.inv(np.vstack([image.cam_from_world().matrix(), [0, 0, 0, 1]]))
+    first = np.linalg.inv(c2w[min(images)])
+    ids, points = np.array(list(model.points3D)), np.array([p.xyz for p in model.points3D.values()]).reshape(-1, 3)
+    c2w, points = first @ c2w, points @ first[:3, :3].T + first[:3, 3]
+    row = {int(name): i for i, name in enumerate(ids)}
+    rays_px, depths, rows = {}, {}, {}
+    for i, image in images.items():
+        seen = [(p.xy, row[p.point3D_id]) for p in image.points2D if p.has_point3D()]
+        rows[i] = np.array([r for _, r in seen], dtype=int)
+        rays_px[i] = np.array([xy for xy, _ in seen]).reshape(-1, 2)
+        depths[i] = (points[rows[i]] - c2w[i, :3, 3]) @ c2w[i, :3, 2]
+    unit, spread = _unit(rays_px, depths, depth, size_hw)
+    c2w[:, :3, 3] *= unit
+    points = points * unit
+    camera = next(iter(model.cameras.values()))
+    K = camera.calibration_matrix()
+    k = np.array([K[0, 0] / width, K[1, 1] / height, K[0, 2] / width, K[1, 2] / height])
+    share = len(images) / len(c2w)
+    reason = f"the metres of a unit vary by {spread:.2g} of their mean over frames" if spread > SCALE_SPREAD else ""
+    return _judged(replace(
+        failed, c2w=c2w, intrinsics=k, motion="structure", registered=share, points=points, metric=depth is not None,
+        reprojection_px=float(model.compute_mean_reprojection_error()), reason=reason,
+        confidence=share * _well_seen(points, rows, c2w),
+    ))  # fmt: skip
+
+
+def _unit(
+    pixels: dict[int, Array], depths: dict[int, Array], depth: Array | None, size_hw: tuple[int, int]
+) -> tuple[float, float]:
+    """Factor that brings the sparse depths to the asked unit, and how much it varies over frames."""
+    if depth is None or depth.ndim == 0:
+        return float(1.0 if depth is None else depth) / float(np.median(np.concatenate(list(depths.values())))), 0.0
+    size = np.array(depth.shape[:0:-1])
+    ratios = []
+    for i, xy in pixels.items():
+        x, y = np.clip((xy / size_hw[::-1] * size).astype(int), 0, size - 1).T
+        known = depth[i, y, x]
+        ok = np.isfinite(known) & (known > 0) & (depths[i] > 0)
+        if ok.any():
+            ratios.append(float(np.median(known[ok] / depths[i][ok])))
+    if not ratios:
+        return math.nan, math.inf
+    return float(np.median(ratios)), float(np.std(ratios) / np.mean(ratios))
+
+
+def _well_seen(points: Array, rows: dict[int, Array], c2w: Array) -> float:
+    """Share of points whose rays from the first and last frame that see them meet at two degrees or more."""
+    first, last = np.full(len(points), -1), np.full(len(points), -1)
+    for i in sorted(rows, reverse=True):
+        first[rows[i]] = i
+    for i in sorted(rows):
+        last[rows[i]] = i
+    ok = first >= 0
+    a, b = (points[ok] - c2w[index[ok], :3, 3] for index in (first, last))
+    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)).clip(1e-12)
+    return float((cosine < math.cos(math.radians(2))).mean()) if len(cosine) else 0.0
+
+
+def _judged(found: Reconstruction) -> Reconstruction:
+    """With the first reason not to use the cameras, if there is one."""
+    known = np.isfinite(found.c2w).all((1, 2))
+    fov = fov_deg(torch.from_numpy(found.intrinsics))
+    reasons = [found.reason] if found.reason else []
+    if found.registered < MIN_REGISTERED:
+        reasons.append(f"only {known.sum()} of {len(known)} frames could be registered")
+    if found.reprojection_px > (_NEARLY_TURNED_PX if found.motion == "rotation" else MAX_REPROJECTION_PX):
+        reasons.append(f"points come back {found.reprojection_px:.1f} pixels off on average")
+    if not bool(((fov > FOV_DEG[0]) & (fov < FOV_DEG[1])).all()):
+        reasons.append(f"field of view {fov[0]:.0f} x {fov[1]:.0f} degrees, outside {FOV_DEG[0]:g} to {FOV_DEG[1]:g}")
+    for what, step_S3, least in (
+        ("position", np.diff(found.c2w[:, :3, 3], axis=0), 0.0),
+        ("direction", _steps(found.c2w), math.radians(2)),
+    ):
+        length, change = np.linalg.norm(step_S3, axis=1), np.linalg.norm(np.diff(step_S3, axis=0), axis=1)
+        usual = np.nanquantile(length, 0.9) if np.isfinite(length).any() else 0.0
+        change = np.nan_to_num(change, nan=0.0)
+        if len(change) and change.max() > max(MAX_JUMP * usual, least):
+            reasons.append(f"the {what} jumps at frame {change.argmax() + 1}: frames placed wrongly, or a cut")
+    return replace(found, reason="; ".join(reasons))
+
+
+def _steps(c2w_F44: Array) -> Array:
+    """Rotation vectors (F-1,3) from frame to frame; NaN beside frames that are not known."""
+    step = c2w_F44[:-1, :3, :3].swapaxes(1, 2) @ c2w_F44[1:, :3, :3]
+    ok = np.isfinite(step).all((1, 2))
+    vectors = np.full((len(step), 3), np.nan)
+    vectors[ok] = Rotation.from_matrix(step[ok]).as_rotvec()
+    return vectors

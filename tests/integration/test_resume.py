@@ -35,7 +35,7 @@ def assert_equal_runs(one, other):
     assert metrics(one) == metrics(other)  # no line lost, none twice
 
 
-def kill_when(process, happened, patience=60.0):
+def kill_when(process, happened, patience=240.0):
     end = time.monotonic() + patience
     while process.poll() is None and not happened() and time.monotonic() < end:
         time.sleep(0.002)
@@ -76,7 +76,7 @@ def test_sigterm_saves_and_stops_and_goes_on(undisturbed):
     while process.poll() is None and not (lines.is_file() and lines.stat().st_size > 300):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM and "the same command continues" in errors
     assert checkpoints.latest(run / "checkpoints") is not None
     assert train(folder, "runs=stopped", "every.save=1000").returncode == 0

@@ -31,6 +31,7 @@ ONLY_IN = {
     "hydra": COMMANDS,
     "wandb": {"training/tracking"},
     "vizdoom": {"data/doom"},
+    "pycolmap": {"geometry/reconstruct"},
     "torch.distributed": {"parallel", "training", "metrics"},
 }
 

@@ -323,20 +323,37 @@ def test_cameras_by_a_callable_are_estimated_once_and_failures_told(videos, tmp_
     folder, _ = videos
     seen = []
 
-    def cameras_of(frames, fps):
+    def cameras_of(frames, fps, intrinsics):
         seen.append((frames.shape, fps))
         if len(seen) == 1:
             raise ValueError("too little texture")
-        return np.tile(np.eye(4), (9, 1, 1)), np.tile(K, (9, 1))
+        return np.tile(np.eye(4), (9, 1, 1)), np.tile(K, (9, 1)), 0.5
 
     mine = source(folder, cameras="estimate", cameras_of=cameras_of, scale=None)
     mine.scan(tmp_path / "scan")
     count = len(seen)
     told = [x for s in mine.splits for x in mine._dropped[s] if x["rule"] == "cameras"]
-    assert [x["value"] for x in told] == ["too little texture"] and set(seen) == {((9, 24, 32, 3), 8.0)}
+    assert [x["value"] for x in told] == ["too little texture"] and set(seen) == {((9, 48, 64, 3), 8.0)}
     (clip,) = mine.capture(1, "train", 0)
     assert len(seen) == count and not clip.metric_scale and clip.source["cameras"] == "estimate"
     np.testing.assert_allclose(clip.intrinsics[0], K)
+    assert clip.source["figures"]["pose_confidence"] == 0.5
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_pose_files_are_held_against_the_pictures(tmp_path, wrong):
+    video, c2w = walk(5, 48, size=(192, 256))
+    write_video(tmp_path / "a.mp4", video, FPS)
+    poses = np.linalg.inv(c2w) if wrong else c2w
+    cameras = Cameras(torch.from_numpy(poses)[None], torch.from_numpy(np.tile(K, (48, 1)))[None])
+    write_cameras(tmp_path / "a.npz", cameras, FPS)
+    mine = source(tmp_path, frames=13, size_hw=(48, 64), fps=8.0, val_share=0.01, limits=dict.fromkeys(LIMITS))
+    record = mine._scan(("a.mp4", []))
+    told = [x["value"] for x in record["dropped"] if x["rule"] == "cameras"]
+    if wrong:
+        assert not record["clips"] and told and "inverted (world-to-camera" in told[0]
+    else:
+        assert record["clips"][0]["convention"] == "agrees" and not told
 
 
 def test_a_file_that_is_no_video_costs_only_itself(videos, tmp_path):
@@ -364,7 +381,7 @@ def test_parts_share_the_files_and_the_held_out_ones(videos, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "told"), [
-    ({"cameras": "guess"}, "source.cameras=guess"), ({"cameras": "estimate"}, "cameras_of"),
+    ({"cameras": "guess"}, "source.cameras=guess"),
     ({"limits": {"motoin": None}}, "source.limits.motoin"), ({"val_share": 1.0}, "val_share=1.0"),
     ({"folder": "nowhere"}, "nowhere"),
 ])

@@ -9,6 +9,7 @@ How many clips there are is known after `scan`, which reads every video once and
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -28,13 +29,16 @@ from vgr.data.sidecars import camera_file, captions_of, captions_table, poses_at
 from vgr.data.video import CONTAINERS, Clip, Damage, Shown, at_rate, fitted, iter_frames, probe
 from vgr.geometry.cameras import crop_intrinsics, from_fov
 from vgr.geometry.checks import check_cameras
+from vgr.geometry.conventions import check_convention
 from vgr.geometry.formats import read_cameras
+from vgr.geometry.reconstruct import estimate_cameras
 from vgr.seeding import derive_seed
 from vgr.types import Cameras
 
 Array = NDArray[np.float64]
-# Frames (F,H,W,3) at fps frames a second to c2w (F,4,4) and intrinsics (F,4); ValueError: why there are none.
-CamerasOf = Callable[[NDArray[np.uint8], float], tuple[Array, Array]]
+# Frames (F,H,W,3) of a shot, frames a second and intrinsics (4,), if known, to c2w (F,4,4), intrinsics (F,4) and
+# confidence; ValueError: why there are none.
+CamerasOf = Callable[[NDArray[np.uint8], float, Array | None], tuple[Array, Array, float]]
 
 _THUMB, _STRETCH_S, _SHARP_S = 144, 0.5, 0.5  # thumbnails' short side; longest dull stretch kept; between two looks
 _HFOV_DEG = 60.0  # told to models that take no cameras
@@ -43,9 +47,10 @@ _HFOV_DEG = 60.0  # told to models that take no cameras
 class FolderSource:
     """Clips of `frames` frames at fps, of size_hw pixels, of all videos in a folder and its folders.
 
-    licence: of the videos, for the manifest. cameras: "files", of sidecar files; "estimate", by cameras_of; None: none,
-    which suits models without cameras only (the clips say so). scale: metres of one unit of the poses; None: unknown.
-    hfov_deg: horizontal field of view where a pose file has no intrinsics. cuts: most cuts within a clip; 0 ends clips
+    licence: of the videos, for the manifest. cameras: "files", of sidecar files, held against the pictures; "estimate",
+    by cameras_of; None: none, which suits models without cameras only (the clips say so). scale: metres of one unit of
+    the poses; None: unknown. hfov_deg: horizontal field of view, where pose files have no intrinsics or in place of an
+    estimate. cuts: most cuts within a clip; 0 ends clips
     at shot boundaries. val_share: of the files, chosen by name, held out whole. limits: rules of
     `filters.LIMITS` set otherwise, [low, high], or null for none. part: "i/n", every n-th file from the i-th on, for
     a set made by several jobs, each with an `out` of its own. Raises ValueError for settings, and for a file named
@@ -55,7 +60,7 @@ class FolderSource:
     def __init__(self, folder: str, frames: int, size_hw: tuple[int, int], fps: float, licence: str = "not stated",
                  cameras: str | None = None, scale: float | None = None, hfov_deg: float | None = None, cuts: int = 0,
                  val_share: float = 0.05, limits: Mapping[str, Limit | None] | None = None, part: str | None = None,
-                 clips_per_visit: int = 1, cameras_of: CamerasOf | None = None) -> None:
+                 clips_per_visit: int = 1, cameras_of: CamerasOf = estimate_cameras) -> None:
         self.folder, self.frames, self.size_hw = str(folder), frames, (int(size_hw[0]), int(size_hw[1]))
         self.fps, self.licence, self.cameras, self.scale = float(fps), licence, cameras, scale
         self.hfov_deg, self.cuts, self.val_share, self.part = hfov_deg, cuts, val_share, part
@@ -69,8 +74,10 @@ class FolderSource:
             raise ValueError(f"source.frames={frames}, source.size_hw={list(size_hw)}, source.fps={fps}, "
                              f"source.cuts={cuts}, source.val_share={val_share}: at least 1, 8 pixels, above 0, 0, and "
                              "a share between 0 and 1")
-        if cameras not in (None, "files", "estimate") or (cameras == "estimate") != (cameras_of is not None):
-            raise ValueError(f"source.cameras={cameras}: must be files, estimate (with source.cameras_of) or null")
+        if cameras not in (None, "files", "estimate"):
+            raise ValueError(f"source.cameras={cameras}: must be files, estimate or null")
+        if cameras == "estimate" and cameras_of is estimate_cameras and importlib.util.find_spec("pycolmap") is None:
+            raise ValueError("source.cameras=estimate wants pycolmap: pip install 'vgr[video]'")
         if unknown := set(self.limits) - set(LIMITS):
             raise ValueError(f"source.limits.{min(unknown)}: no such rule; there are {', '.join(LIMITS)}")
         self.splits: dict[str, Any] = {"train": [], "val": []}
@@ -217,10 +224,12 @@ class FolderSource:
         times = np.array([t for t, _ in shown])
         for at, end, what in _joined(damage):
             drop(at, end, "damaged", what)
+        trusted = self.cameras != "files"  # until the pictures of one clip have told that the poses are theirs
         for a, b in self._segments(meter, times, [at for at, _ in damage], drop):
             for start in range(a, b - self.frames + 1, self.frames):
                 plan = self._plan_clip(start, shown, times, meter, captions) | {"video_frames": frames}
-                verdict = self._judge(path, plan, meter, shown, info.size_hw)
+                verdict = self._judge(path, plan, meter, shown, info.size_hw, check=not trusted)
+                trusted = trusted or plan.get("convention") == "agrees"
                 if verdict is None:
                     clips.append(plan)
                 else:
@@ -280,7 +289,7 @@ class FolderSource:
         return {"k": start, "origin_s": times[0], "start_s": shown[start][0], "index": shown[start][1], "shots": shots}
 
     def _judge(self, path: Path, plan: dict[str, Any], meter: Meter, shown: Sequence[tuple[float, int]],
-               shown_hw: tuple[int, int]) -> tuple[str, Any, Any] | Verdict | None:
+               shown_hw: tuple[int, int], check: bool) -> tuple[str, Any, Any] | Verdict | None:
         """Why a clip is left out: rule, figure, limit."""
         span = slice(plan["k"], plan["k"] + self.frames)
         if len(plan["shots"]) > self.cuts + 1:
@@ -298,7 +307,12 @@ class FolderSource:
                     own = slice(shot["start"], shot["end"])
                     if verdict := judge(camera_figures(c2w[own], k[own], self.size_hw), self.limits):
                         return verdict
-                check_cameras(Cameras(torch.from_numpy(c2w)[None], torch.from_numpy(k)[None]), self.fps, self.size_hw)
+                cameras = Cameras(torch.from_numpy(c2w)[None], torch.from_numpy(k)[None])
+                check_cameras(cameras, self.fps, self.size_hw)
+                if check:
+                    end = plan["shots"][0]["end"]
+                    report = check_convention(self._pictures(path, plan)[:end], cameras.frames(0, end))
+                    plan["convention"] = report.verdict
         except (ValueError, OSError) as error:
             return "cameras", str(error), None
         return None
@@ -309,8 +323,20 @@ class FolderSource:
         name = hashlib.sha256(json.dumps([self._id(rel, []), plan["start_s"]]).encode()).hexdigest()[:24]
         plan["cameras"], file = name, self._cache / f"{name}.npz"
         if not file.is_file():
-            c2w, k = self._cameras_of(np.stack([x.rgb(self.size_hw) for x in self._read(path, plan)]), self.fps)
-            np.savez(file, c2w=c2w, intrinsics=k, fps=self.fps)
+            frames, (height, width) = self._pictures(path, plan), self.size_hw
+            known = None if self.hfov_deg is None else from_fov(self.hfov_deg, width / height, torch.float64).numpy()
+            parts = [self._cameras_of(frames[x["start"] : x["end"]], self.fps, known) for x in plan["shots"]]
+            c2w, k = (np.concatenate(x) for x in list(zip(*parts))[:2])
+            np.savez(file, c2w=c2w, intrinsics=k, fps=self.fps, confidence=min(part[2] for part in parts))
+        with np.load(file, allow_pickle=False) as stored:
+            plan["figures"]["pose_confidence"] = float(stored["confidence"])
+
+    def _pictures(self, path: Path, plan: Mapping[str, Any]) -> NDArray[np.uint8]:
+        """A clip's frames (F,H,W,3) in the shape of size_hw, as large as they came, up to a short side of 480."""
+        shown = self._read(path, plan)
+        scale = max(1.0, min(480 / min(self.size_hw), *(a / b for a, b in zip(shown[0].size_hw, self.size_hw))))
+        size = round(self.size_hw[0] * scale), round(self.size_hw[1] * scale)
+        return np.stack([x.rgb(size) for x in shown])
 
     def _cameras(self, path: Path, plan: Mapping[str, Any], indices: Sequence[int], times: Sequence[float],
                  shown_hw: tuple[int, int]) -> tuple[Array, Array]:

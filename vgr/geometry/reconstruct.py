@@ -27,7 +27,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
 from vgr.geometry.alignment import turn_between
-from vgr.geometry.cameras import fov_deg
+from vgr.geometry.cameras import fov_deg, interpolate
 from vgr.geometry.checks import FOV_DEG
 
 if TYPE_CHECKING:
@@ -101,6 +101,24 @@ def reconstruct(
         if model is None:
             return replace(failed, reason=f"no structure was found from {parallax_px:.1f} pixels of parallax")
     return _structure(model, failed, frames.shape[1:3], depth)
+
+
+def estimate_cameras(
+    frames_FHW3: NDArray[np.uint8], fps: float, intrinsics: ArrayLike | None = None
+) -> tuple[Array, Array, float]:
+    """c2w (F,4,4), intrinsics (F,4) and confidence of one shot, from about eight frames a second and the last one.
+
+    The frames between are interpolated. ValueError with the reason where the cameras should not be used, and where a
+    frame could not be registered.
+    """
+    count = len(frames_FHW3)
+    at = np.union1d(np.arange(0, count, max(1, round(fps / 8))), [count - 1])
+    found = reconstruct(frames_FHW3[at], intrinsics, threads=1)
+    known = np.isfinite(found.c2w).all((1, 2))
+    if found.reason or not known.all():
+        raise ValueError(found.reason or f"{(~known).sum()} of {len(at)} frames could not be registered")
+    c2w = interpolate(torch.from_numpy(found.c2w), torch.from_numpy(at), torch.arange(count)).numpy()
+    return c2w, np.tile(found.intrinsics, (count, 1)), found.confidence
 
 
 def _checked(

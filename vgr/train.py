@@ -141,6 +141,8 @@ def build(
     refuse_other_shards(data.train_shards, data.val_shards, cfg.training.get("objective", {}))
     if "fps" in cfg.model and cfg.model.fps != (fps := data.train_shards.manifest["fps"]):
         raise ValueError(f"model.fps={cfg.model.fps:g}, but {cfg.data.train} has {fps:g} frames a second: set it so")
+    if "fps" in cfg.model and cfg.every.sample:
+        raise ValueError(f"every.sample={cfg.every.sample}: a refiner makes no videos of its own; set it to 0")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = cached_text(data, cfg.text) or instantiate(cfg.text)
     model = instantiate(cfg.model)
@@ -266,9 +268,7 @@ def prepare_run(
     record = tracking.Record(run_dir / "metrics.jsonl", state["time_s"], wandb_run)
     record.rewind(module.samples_seen)
     write = sample_writer(generator, codec, batches[0], cfg.seed)
-    return callbacks.BetweenSteps(
-        run_dir, checkpoint, record, cfg.every, cfg.keep, config, generator, batches, write
-    )
+    return callbacks.BetweenSteps(run_dir, checkpoint, record, cfg.every, cfg.keep, config, generator, batches, write)
 
 
 def trainer_settings(cfg: DictConfig) -> dict[str, Any]:

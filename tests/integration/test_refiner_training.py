@@ -195,6 +195,7 @@ def test_adapters_alone_are_saved_and_exported_and_read_back(project, tmp_path):
         (["base=weights/LTX-2"], "Lightricks/LTX-2 (transformer/, 38 GB"),
         (["data.train=shards/train"], "train holds no pairs of stage-1 and true latents; vgr-prepare data=pairs"),
         (["data.val=shards/val"], "shards/val holds no pairs"),
+        (["every.sample=8"], "every.sample=8: a refiner makes no videos"),
         (["model.fps=16"], "pairs/train has 8 frames a second"),
         (["model.dtype=bfloat16"], "what is trained is float32"),
         (["base=whole/run", "model.heads=4", "model.head_dim=6", *LORA], "model.heads=4 (there: 2)"),

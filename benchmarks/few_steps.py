@@ -2,12 +2,15 @@
 
     python -m benchmarks.few_steps runs/world_model/{tiny,chunk_causal_tiny,ode_tiny}/seed1
 
-All start from the same noise, first frames, cameras and texts. A run with times of its own is a student and is sampled
-as it is used. The others are teachers, sampled in as many steps in two ways: down their own grid by Euler steps, and
-the way of the first student (its times, and renewed noise where it renews it), which tells distillation from a lucky
-sampler. Two measures: mean squared latent distance over generated frames to the first run's solution in --steps steps;
-and Frechet distance of the decoded videos to the true ones of the same clips (features clipstats48), with how much
-nearer to them each student lies than each run before it.
+All start from the same noise, first frames, cameras and texts; a model without cameras (causal video) imagines its
+first frame and streams whole stories from their shots' captions. A run with times of its own is a student and is
+sampled as it is used. The others are teachers, sampled in as many steps in two ways: down their own grid by Euler
+steps, and the way of the first student (its times, and renewed noise where it renews it), which tells distillation
+from a lucky sampler. Three measures: mean squared latent distance over generated frames to the first run's solution
+in --steps steps; Frechet distance of the decoded videos to the true ones of the same clips (features clipstats48),
+with how much nearer to them each student lies than each run before it; and the same to the first run's --steps steps
+from other noise, which is what a student is taught and, where the teacher is weak, not the truth. Of stories also how
+well cuts are kept (`benchmarks.shots`).
 Writes few_steps.json and the first clips as sheet.png to --out.
 """
 
@@ -21,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.shots import COLUMNS, cut_scores
+from vgr.bench import environment
 from vgr.data.files import atomic, write_json
 from vgr.data.modules import ShardData
 from vgr.data.video import read_video
@@ -38,6 +43,7 @@ from vgr.training.rebuild import rebuild
 from vgr.types import VideoBatch
 
 WINDOW, SHOWN = 14, 2  # frames of a window of features: two fill the 28 made at tiny size; clips of the sheet
+AGAIN = "first run, other noise"
 
 
 def load(run: Path) -> dict[str, Any]:
@@ -46,13 +52,13 @@ def load(run: Path) -> dict[str, Any]:
     return {**record, **{k: v.eval() for k, v in rebuild(checkpoint).items()}, "config": state["config"]}
 
 
-def made(run: dict[str, Any], batch: VideoBatch, sigmas: Tensor, renoise: bool) -> Tensor:
+def made(run: dict[str, Any], batch: VideoBatch, sigmas: Tensor, renoise: bool, seed: int = 0) -> Tensor:
     """Latents down `sigmas` from the clips' noise: chunk by chunk, or all frames at once without chunks."""
     cond = conditioning(run["text"], batch.captions, batch.cameras, batch.shot, run["codec"].stride[0], run["chunk"])
-    first = batch.latents[:, :, :1]
+    first = batch.latents[:, :, :1] if run["model"].takes_cameras else None
 
     def noise(position: Tensor, step: int) -> Tensor:
-        return normal_like(batch.latents, 0, f"few steps {step}", batch.position)[:, :, position]
+        return normal_like(batch.latents, seed, f"few steps {step}", batch.position)[:, :, position]
 
     if run["chunk"] is None:
         return few_step(run["model"], noise, cond, sigmas, None, first, renoise=renoise)[0]
@@ -87,7 +93,7 @@ def videos(codec: Any, latents: Tensor) -> np.ndarray:
 
 
 def described(video: np.ndarray) -> np.ndarray:
-    """Features (windows, D) of a video without its given first frame."""
+    """Features (windows, D) of a video without its first frame, which stands alone and may be given."""
     return np.stack([features.clip_features(w) for w in features.windows(video[1:], WINDOW)])
 
 
@@ -105,7 +111,8 @@ def main() -> None:
     shards = ShardData(data["train"], data["val"], None, 0, 8, 8, data["frames"], val_clips=args.clips)
     index = {key: i for i, key in enumerate(shards.val_shards.keys)}
     distances: dict[str, list[Tensor]] = {name: [] for name in rows}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("truth", *rows)}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("truth", AGAIN, *rows)}
+    cuts: dict[str, list[dict[str, float]]] = {name: [] for name in ("truth", *rows)}
     sheet: list[np.ndarray] = []
     for batch in shards.val_batches(8):
         latents = {name: made(way[0], batch, *way[1:]) for name, way in rows.items()}
@@ -114,34 +121,55 @@ def main() -> None:
         shown = {name: videos(rows[long][0]["codec"], x) for name, x in latents.items()}
         frames = shown[long].shape[1]
         true = [read_video(shards.val_shards.read_video_bytes(index[key]))[0][:frames] for key in batch.keys]
+        again = videos(rows[long][0]["codec"], made(rows[long][0], batch, *rows[long][1:], seed=1))
+        found[AGAIN].extend(described(video) for video in again)
+        shots = [shards.val_shards.read(index[key]).meta["shots"] for key in batch.keys]
         for name, row in {"truth": true, **shown}.items():
             found[name].extend(described(video) for video in row)
+            cuts[name].extend(cut_scores(video, told) for video, told in zip(row, shots) if len(told) > 1)
         sheet = sheet or [
             row[i] for i in range(SHOWN) for name, row in {"truth": true, **shown}.items() if "as a student" not in name
         ]
-    write(args.out, distances, found, [name for name in rows if name in runs and runs[name]["sampling"]["sigmas"]])
+    students = [name for name in rows if name in runs and runs[name]["sampling"]["sigmas"]]
+    write(args.out, distances, found, students, cuts if cuts["truth"] else {})
     with atomic(args.out / "sheet.png") as file:
-        file.write(media.png(media.sheet(sheet, 5)))
+        file.write(media.png(media.sheet(sheet, COLUMNS if cuts["truth"] else 5)))
 
 
 def write(
-    out: Path, distances: dict[str, list[Tensor]], found: dict[str, list[np.ndarray]], students: list[str]
+    out: Path,
+    distances: dict[str, list[Tensor]],
+    found: dict[str, list[np.ndarray]],
+    students: list[str],
+    cuts: dict[str, list[dict[str, float]]],
 ) -> None:
     """few_steps.json, and the same to read."""
     table = {name: np.stack(rows) for name, rows in found.items()}
     flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in table.items()}
     clip = np.repeat(np.arange(len(table["truth"])), table["truth"].shape[1])
-    rows, gains = {}, []
+    means = {
+        name: {key: cell(mean_interval([row[key] for row in rows])) for key in rows[0]} for name, rows in cuts.items()
+    }
+    rows, gains = ({"truth": means["truth"]} if means else {}), []
     for name, parts in distances.items():
         frechet = fvd.frechet_interval(flat[name], flat["truth"], clip, clip)
         rows[name] = {"distance": cell(mean_interval(torch.cat(parts))), "frechet": cell(frechet)}
+        rows[name]["frechet_taught"] = cell(fvd.frechet_interval(flat[name], flat[AGAIN], clip, clip))
+        rows[name] |= means.get(name, {})
         print(f"{name}: distance {torch.cat(parts).mean():.4f}, Frechet distance {frechet.value:.2f}")
+    others = list(distances)
     for student in students:
-        for other in list(rows)[1 : list(rows).index(student)]:
+        for other in others[1 : others.index(student)]:
             gain = fvd.frechet_gain(table[student], table[other], table["truth"])
-            gains.append({"student": student, "other": other, **cell(gain)})
+            taught = fvd.frechet_gain(table[student], table[other], table[AGAIN])
+            gains.append({"student": student, "other": other, **cell(gain), "taught": cell(taught)})
             print(f"{student} nearer than {other} by {gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})")
-    write_json(out / "few_steps.json", {"rows": rows, "gains": gains})
+            print(f"  and nearer to what it was taught by {taught.value:.2f} ({taught.low:.2f} to {taught.high:.2f})")
+            if cuts:
+                sca = mean_interval([a["sca"] - b["sca"] for a, b in zip(cuts[student], cuts[other])])
+                gains[-1]["sca"] = cell(sca)
+                print(f"  and its SCA higher by {sca.value:.3f} ({sca.low:.3f} to {sca.high:.3f})")
+    write_json(out / "few_steps.json", {**environment(), "rows": rows, "gains": gains})
 
 
 if __name__ == "__main__":

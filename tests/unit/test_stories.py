@@ -9,6 +9,7 @@ import torch
 from vgr.data.modules import collate
 from vgr.data.shards import Sample
 from vgr.data.stories import NAMES, StorySource
+from vgr.metrics.shots import detect_cuts
 from vgr.types import Layout
 
 SIZE = (32, 32)
@@ -132,7 +133,19 @@ def test_a_camera_is_where_it_says(stories):
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3, dtype=torch.float64).expand_as(rotation))
 
 
-@pytest.mark.parametrize("change", [{"frames": 60}, {"shots": (6, 5)}, {"shots": (4, 11)}, {"window": 8}])
+def test_clips_of_one_shot_have_no_cut_and_other_plots_than_stories():
+    source = StorySource(size_hw=SIZE, shots=(1, 1))
+    for i in range(3):
+        clip, mask = source.clip(2, "train", i), source.masks(2, "train", i)
+        (shot,) = clip.shots
+        assert (shot["start"], shot["end"], shot["id"], shot["returns_from"]) == (0, 61, 1, None)
+        assert shot["caption"].startswith(shot["character"]) and detect_cuts(clip.frames) == []
+        assert 0.1 < (mask > 0).mean() < 0.6 and (mask > 0).any((1, 2)).all()
+
+
+@pytest.mark.parametrize(
+    "change", [{"frames": 60}, {"shots": (6, 5)}, {"shots": (4, 11)}, {"shots": (1, 2)}, {"window": 8}]
+)
 def test_sizes_in_which_no_story_fits_are_refused(change):
     with pytest.raises(ValueError, match="source.frames"):
         StorySource(**change)

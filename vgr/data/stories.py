@@ -40,8 +40,9 @@ class StorySource:
     """Stories of frames = 1 + n * chunk * stride raw frames: n chunks as `Layout.chunked` makes them.
 
     stride: the codec's temporal stride; chunk: latent frames a chunk; shots: fewest and most a story, cuts on chunk
-    edges; window: chunks the model remembers anyway: a character returns only when at least so many whole chunks
-    lie between; trap_share: stories whose first character does not return. No story of a split is in the other.
+    edges, or (1, 1): clips without a cut, in which nothing returns; window: chunks the model remembers anyway: a
+    character returns only when at least so many whole chunks lie between; trap_share: stories whose first character
+    does not return. No story of a split is in the other.
     Raises ValueError on sizes in which no story fits.
 
     A shot's entry has, beside start, end and caption: character (a name, or None in a shot of an empty room), id
@@ -58,11 +59,12 @@ class StorySource:
         self.trap_share, self.clips_per_visit = trap_share, clips_per_visit
         self.splits: dict[str, Any] = {"train": ["stories-train"], "val": ["stories-val"]}
         count, rest = divmod(frames - 1, chunk * stride)
-        if rest or not 3 <= self.shots[0] <= self.shots[1] <= count or count < window + 3 or not 0 <= trap_share <= 1:
+        fit = self.shots == (1, 1) or 3 <= self.shots[0] <= self.shots[1] <= count
+        if rest or not fit or count < window + 3 or not 0 <= trap_share <= 1:
             raise ValueError(
                 f"source.frames={frames}, source.shots={list(self.shots)}, source.trap_share={trap_share}: frames must "
                 f"be 1 + n x {chunk * stride} with n at least source.window + 3 = {window + 3}, shots two numbers from "
-                f"3 to n in order, and the share 0 to 1")
+                f"3 to n in order or [1, 1], and the share 0 to 1")
         for trap in {trap_share > 0, trap_share == 1}:  # the kinds there will be, tried before anything is written
             _plot(numpy_generator(0, "plots"), count, self.shots, window, trap)
 
@@ -128,8 +130,8 @@ def _plot(rng: np.random.Generator, chunks: int, shots: tuple[int, int], window:
           trap: bool) -> tuple[list[int], list[int | None]]:
     """Chunk edges of the shots (S+1,) and each one's character, by order of appearance; None is an empty room.
 
-    Plots are drawn until one has a return; a return is far (`window` chunks between) and, in a trap, not of the first.
-    ValueError where none is found.
+    Plots are drawn until one has a return, but for a single shot; a return is far (`window` chunks between) and, in a
+    trap, not of the first. ValueError where none is found.
     """
     for _ in range(2000):
         count = int(rng.integers(shots[0], shots[1] + 1))
@@ -147,7 +149,7 @@ def _plot(rng: np.random.Generator, chunks: int, shots: tuple[int, int], window:
                 break
             who.append(options[int(rng.integers(len(options)))])
             returns += bool(far)
-        if returns and len(who) == count:
+        if len(who) == count and (returns or count == 1):
             return edges, who
     raise ValueError(f"source.shots={list(shots)}, source.window={window}: no story of {chunks} chunks has so many "
                      f"shots and a return{' of another than the first character' if trap else ''}; take fewer shots "

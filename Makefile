@@ -33,9 +33,9 @@ TOLD := $(VIDEO)/multi_shot_story_tiny/seed1
 stories: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=story_tiny
 	$(BIN)/vgr-prepare data=story_tiny out=datasets/story_single source.shots=[1,1]
-	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny stories=datasets/story_single
+	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny shards=datasets/story_single
 	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny
-	$(BIN)/python -m benchmarks.shots $(TOLD) --without $(VIDEO)/multi_shot_story_tiny--stories-*/seed1 \
+	$(BIN)/python -m benchmarks.shots $(TOLD) --without $(VIDEO)/multi_shot_story_tiny--shards-*/seed1 \
 	  --out runs/stories/shots.json --sheet runs/stories/shots.png
 	$(BIN)/python -m benchmarks.memory $(TOLD) --out runs/stories/memory.json
 	$(BIN)/vgr-prepare data=ode out=datasets/causal_ode_story_tiny train_clips=400 source.teacher=$(TOLD) \

@@ -54,7 +54,8 @@ def load(run: Path) -> dict[str, Any]:
 
 def made(run: dict[str, Any], batch: VideoBatch, sigmas: Tensor, renoise: bool, seed: int = 0) -> Tensor:
     """Latents down `sigmas` from the clips' noise: chunk by chunk, or all frames at once without chunks."""
-    cond = conditioning(run["text"], batch.captions, batch.cameras, batch.shot, run["codec"].stride[0], run["chunk"])
+    told = (run["text"], batch.captions, batch.cameras, batch.shot, run["codec"].stride[0], run["chunk"])
+    cond = conditioning(*told, run["sampling"].get("cut_prefix"))
     first = batch.latents[:, :, :1] if run["model"].takes_cameras else None
 
     def noise(position: Tensor, step: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Does a model cut where it is told? Shot-cut accuracy with and without tuning on clips of several shots.
 
     python -m benchmarks.shots runs/causal_video/multi_shot_story_tiny/seed1 \\
-      --without runs/causal_video/multi_shot_story_tiny--stories-*/seed1 --out benchmarks/results/shots_story_tiny.json
+      --without runs/causal_video/multi_shot_story_tiny--shards-*/seed1 --out benchmarks/results/shots_story_tiny.json
 
 The ablation of causal video, Table 3. Held-out stories (`vgr-prepare data=story_tiny`) are streamed from nothing, as a
 session directs them: each shot's caption from its first chunk on, nothing else marking the cut. The same captions

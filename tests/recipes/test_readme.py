@@ -16,7 +16,7 @@ PAGES += sorted(p for d in ("experiments", "benchmarks") for p in (ROOT / d).rgl
 def _commands():
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words:
                     yield pytest.param(words, id=" ".join(words)[:60])

@@ -76,7 +76,8 @@ class Pairs:
     def _sampled(self, batch: VideoBatch, seed: int, device: str) -> Tensor:
         model, text = (self.parts[k].to(device).eval() for k in ("model", "text"))
         told = self.sampling
-        cond = conditioning(text, batch.captions, batch.cameras, batch.shot, self.codec.stride[0], self.chunk)
+        args = (batch.captions, batch.cameras, batch.shot, self.codec.stride[0], self.chunk)
+        cond = conditioning(text, *args, told.get("cut_prefix"))
         negative = text(tuple(("",) * len(row) for row in batch.captions))
         denoiser = guided(model, 1.0 if told["sigmas"] else told["guidance"], negative)
         own = told["sigmas"]

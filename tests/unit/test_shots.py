@@ -1,11 +1,12 @@
 import itertools
 
+import cv2
 import numpy as np
 import pytest
 
 from vgr.data.stories import StorySource
 from vgr.data.worlds import WorldSource
-from vgr.metrics.shots import detect_cuts, no_cut_floor, recurrence_similarity, shot_cut_accuracy
+from vgr.metrics.shots import detect_cuts, detect_jumps, no_cut_floor, recurrence_similarity, shot_cut_accuracy
 from vgr.metrics.statistics import mean_interval
 
 
@@ -107,3 +108,14 @@ def test_shapes_that_differ_are_refused(told):
     clip, mask = told[0]
     with pytest.raises(ValueError, match="must agree"):
         recurrence_similarity(clip.frames[:9], clip.frames, mask, clip.shots)
+
+
+def test_cuts_between_like_colours_are_seen_by_where_they_stand():
+    """A picture and its mirror image have one distribution of colours; a fast pan has no cut."""
+    rng = np.random.default_rng(0)
+    wide = cv2.resize(rng.integers(0, 255, (6, 24, 3), dtype=np.uint8), (384, 96), interpolation=cv2.INTER_LINEAR)
+    pan = np.stack([wide[:, 6 * f : 6 * f + 128] for f in range(24)])
+    assert detect_jumps(pan) == []
+    slow = np.stack([wide[:, f : f + 128] for f in range(12)])
+    cut = np.concatenate([slow, slow[:, :, ::-1]])
+    assert detect_cuts(cut) == [] and detect_jumps(cut) == [12]

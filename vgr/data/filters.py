@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from vgr.geometry.cameras import fov_deg
-from vgr.metrics.shots import detect_cuts
+from vgr.metrics.shots import detect_cuts, detect_jumps
 
 Limit = tuple[float | None, float | None]
 
@@ -95,7 +95,8 @@ class Meter:
 
     def _find_cuts(self, end: int) -> None:
         start = self._BEFORE if self._first else 0
-        found = detect_cuts(np.stack(self._small))
+        small = np.stack(self._small)
+        found = sorted({*detect_cuts(small), *detect_jumps(small)})
         self.cuts += [self._first + c for c in found if start <= c < end]
 
     def done(self) -> None:

@@ -1,7 +1,7 @@
 """Shots: are cuts where the prompt wanted them, and does who returns look as before (causal-video spec 9.2).
 
 Published numbers take cuts from TransNetV2 and characters from DINOv2, both weights that are not at hand. Here cuts
-are found by colour alone, which suffices for hard cuts between differently coloured pictures and nothing else, and
+are hard cuts, found by colour alone (`detect_cuts`) or by where colours stand (`detect_jumps`), and
 looks are compared inside true masks: for procedural stories, whose truth is known. Colours are CIE Lab (D65),
 differences dE = Euclidean (CIE76): 2.3 is just visible, opposite hues are about 100 apart.
 """
@@ -58,6 +58,23 @@ def detect_cuts(frames_FHW3: NDArray[np.uint8], least: float = 12.0, ratio: floa
         return []
     peak = np.lib.stride_tricks.sliding_window_view(np.pad(steps, 2), 5).max(axis=1) == steps
     return (np.flatnonzero(peak & (steps > max(least, ratio * float(np.median(steps))))) + 1).tolist()
+
+
+def detect_jumps(frames_FHW3: NDArray[np.uint8], least: float = 12.0, ratio: float = 4.0) -> list[int]:
+    """First frames of new shots, by where colours stand: cuts between pictures of like colours, which `detect_cuts`
+    cannot see.
+
+    The distance of two frames is the mean dE of their pictures at 32x24. A cut's is above `least` and above `ratio`
+    times each of the four around it, which fast motion raises as well.
+    """
+    import cv2
+
+    small = np.stack([_lab(cv2.resize(f, (32, 24), interpolation=cv2.INTER_AREA)) for f in frames_FHW3])
+    steps = np.linalg.norm(np.diff(small, axis=0), axis=-1).mean((1, 2))
+    if not steps.size:
+        return []
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(steps, 2), 5)[:, [0, 1, 3, 4]].max(axis=1)
+    return (np.flatnonzero(steps > np.maximum(least, ratio * around)) + 1).tolist()
 
 
 class Recurrence(NamedTuple):

@@ -192,7 +192,7 @@ def _map(
         options.mapper.num_threads, options.mapper.random_seed = threads, seed
         options.triangulation.random_seed = seed
         # Half to a third of COLMAP's own: points of good matches come back to 0.3 pixels, and with what its limits let
-        # pass a walk past repeating textures was 5 degrees off.
+        # pass a walk past repeating textures was 5 degrees off (benchmarks/README.md: another one is not, then).
         options.mapper.filter_max_reproj_error, options.mapper.abs_pose_max_error = 2.0, 4.0
         options.triangulation.create_max_angle_error = options.triangulation.continue_max_angle_error = 1.0
         options.triangulation.min_angle = 1.0

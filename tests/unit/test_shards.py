@@ -142,14 +142,15 @@ def test_pickle_and_lying_headers_are_never_loaded():
     import io
     import pickle
 
-    from vgr.data.shards import _npy, _read_npy
+    from vgr.data.shards import _npy
+    from vgr.geometry.camera_file import read_npy
 
     objects = io.BytesIO()
     np.save(objects, np.array([{}], dtype=object), allow_pickle=True)
     lying = _npy(np.zeros(4)).replace(b"(4,)", b"(9999999999,)")
     for data in (objects.getvalue(), pickle.dumps([1]), lying, b""):
         with pytest.raises(ValueError):
-            _read_npy(data)
+            read_npy(data)
 
 
 def test_shapes_that_do_not_fit_the_codec_are_refused(tmp_path):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import tarfile
 import zipfile
 import zlib
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vgr.data.files import atomic, sync_folder, write_text
+from vgr.geometry.camera_file import read_npy
 
 SCHEMA = 1
 _AGAIN = "remove that folder and run vgr-prepare again"
@@ -202,7 +202,7 @@ class Shards:
 
     def null_text(self) -> np.ndarray:
         """States (J,D) of the empty caption, where the manifest names a file of them."""
-        return _read_npy((self.folder / Path(self.manifest["extra"]["text"]["null"]).name).read_bytes())
+        return read_npy((self.folder / Path(self.manifest["extra"]["text"]["null"]).name).read_bytes())
 
     def _member(self, index: int, suffix: str) -> bytes:
         file, key, members = self._samples[index]
@@ -218,13 +218,13 @@ class Shards:
         """One sample. Raises DamagedSample (a ValueError) naming the file and member."""
         file, key, members = self._samples[index]
         try:
-            latents = _read_npy(self._member(index, "latent.npy"))
+            latents = read_npy(self._member(index, "latent.npy"))
             cameras = _read_npz(self._member(index, "cameras.npz"))
             meta = json.loads(self._member(index, "json"))
             _check_shapes(self.manifest, latents.shape, cameras["c2w"].shape, cameras["intrinsics"].shape, key)
             text = None
             if "text.npy" in members:
-                states, lengths = _read_npy(self._member(index, "text.npy")), meta["text_lengths"]
+                states, lengths = read_npy(self._member(index, "text.npy")), meta["text_lengths"]
                 if len(states) != len(meta["shots"]) or len(lengths) != len(states) or max(lengths) > states.shape[1]:
                     raise ValueError(f"text states {states.shape} do not fit {len(meta['shots'])} shots of {lengths}")
                 text = [x[:n] for x, n in zip(states, lengths)]
@@ -275,19 +275,8 @@ def _npz(**arrays: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _read_npy(data: bytes) -> np.ndarray:
-    """An array whose header is checked against the bytes present before anything is allocated."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
-    if dtype.hasobject or stream.tell() + math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(f"an array of {shape} {dtype} does not fit its {len(data)} bytes")
-    return np.load(io.BytesIO(data), allow_pickle=False)
-
-
 def _read_npz(data: bytes, limit: int = 1 << 30) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if sum(info.file_size for info in archive.infolist()) > limit:
             raise ValueError(f"an archive of more than {limit} bytes")
-        return {info.filename.removesuffix(".npy"): _read_npy(archive.read(info)) for info in archive.infolist()}
+        return {info.filename.removesuffix(".npy"): read_npy(archive.read(info)) for info in archive.infolist()}

@@ -90,12 +90,13 @@ def arrays(path: Path, wanted: set[str], dtype: type | None = None) -> dict[str,
             if sum(info.file_size for info in archive.infolist()) > MAX_BYTES:
                 raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
             there = wanted & {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-            return {name: np.asarray(_array(archive.read(f"{name}.npy")), dtype) for name in there}
+            return {name: np.asarray(read_npy(archive.read(f"{name}.npy")), dtype) for name in there}
     except UNREADABLE as error:
         raise ValueError(f"{path}: no npz of cameras that can be read ({error})") from error
 
 
-def _array(data: bytes) -> NDArray[Any]:
+def read_npy(data: bytes) -> NDArray[Any]:
+    """An array whose header is checked against the bytes present before anything is allocated."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

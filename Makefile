@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/world_model/tiny/seed1
+TIMES := [1.0,0.947,0.857,0.667,0.0]
 FIRST := $(RUN)/bench/smoke/truth/val-000002.mp4
 
 .PHONY: demo chain stories test test-slow test-gpu test-multigpu lint clean
@@ -20,27 +21,30 @@ chain: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
 	$(BIN)/vgr-train experiments=world_model/tiny
 	$(BIN)/vgr-train experiments=world_model/chunk_causal size=tiny
-	$(BIN)/vgr-prepare data=ode_tiny
+	$(BIN)/vgr-prepare data=ode out=datasets/ode_tiny train_clips=320 source.teacher=$(RUN) \
+	  source.clips=datasets/doom_tiny/train source.times=$(TIMES) source.steps=20 source.batch=16 source.frames=null
 	$(BIN)/vgr-train experiments=world_model/ode size=tiny
 	$(BIN)/vgr-train experiments=world_model/self_forcing size=tiny
 	for run in tiny $(STAGES:%=%_tiny); do $(BIN)/vgr-bench checkpoint=runs/world_model/$$run/seed1 protocol=smoke || exit; done
 	$(BIN)/python -m benchmarks.few_steps $(RUN) $(STAGES:%=runs/world_model/%_tiny/seed1) --out runs/chain
 
-# The causal video model on procedural stories at tiny size: trained on single shots and on stories, what the cuts and
-# the memory are worth, the four-step students, and whether they beat their teacher at four steps. Run again it goes on.
+# The causal video model on procedural stories at tiny size: the base on single shots, tuned on stories and, to compare, on
+# more single shots; what cuts and memory are worth; the four-step students, and whether they beat their teacher at four
+# steps. Run again it goes on.
 VIDEO := runs/causal_video
 TOLD := $(VIDEO)/multi_shot_story_tiny/seed1
 stories: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=story_tiny
 	$(BIN)/vgr-prepare data=story_tiny out=datasets/story_single source.shots=[1,1]
-	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny shards=datasets/story_single
+	$(BIN)/vgr-train experiments=causal_video/base size=story_tiny
 	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny
+	$(BIN)/vgr-train experiments=causal_video/multi_shot size=story_tiny shards=datasets/story_single
 	$(BIN)/python -m benchmarks.shots $(TOLD) --without $(VIDEO)/multi_shot_story_tiny--shards-*/seed1 \
 	  --out runs/stories/shots.json --sheet runs/stories/shots.png
 	$(BIN)/python -m benchmarks.memory $(TOLD) --out runs/stories/memory.json
 	$(BIN)/vgr-prepare data=ode out=datasets/causal_ode_story_tiny train_clips=400 source.teacher=$(TOLD) \
-	  source.clips=datasets/story_tiny/train source.times=[1.0,0.947,0.857,0.667,0.0] source.steps=24 source.shift=6.0 \
-	  source.guidance=1.0 source.batch=16 source.frames=null source.chunk=3 source.image=false
+	  source.clips=datasets/story_tiny/train source.times=$(TIMES) source.steps=24 source.batch=16 source.frames=null \
+	  source.chunk=3 source.image=false
 	$(BIN)/vgr-train experiments=causal_video/ode size=story_tiny
 	$(BIN)/vgr-train experiments=causal_video/self_forcing size=story_tiny
 	$(BIN)/python -m benchmarks.few_steps $(TOLD) $(VIDEO)/ode_story_tiny/seed1 $(VIDEO)/self_forcing_story_tiny/seed1 \

@@ -55,7 +55,7 @@ def chain(tmp_path_factory):
     done = {"base": train(folder, "experiments=base")}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        paths = TeacherPaths("runs/base/seed1", "shards/train", TIMES, 4, 3.0, 1.5, 8, chunk=2, image=False)
+        paths = TeacherPaths("runs/base/seed1", "shards/train", TIMES, 8, 4, 3.0, 1.5, chunk=2, image=False)
         assert paths.write(folder / "paths/train", 40, 1, lambda done: None, "cpu") == 40
     for stage in ("paths", "jump", "student"):
         done[stage] = train(folder, f"experiments={stage}")

@@ -58,11 +58,11 @@ def chain(tmp_path_factory):
     _copy_with(folder / "runs/mini/seed1", folder / "runs/other/seed1", size_hw=[64, 64])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        paths = TeacherPaths("runs/mini/seed1", "shards/train", TIMES, 4, 3.0, 1.5, 8)
+        paths = TeacherPaths("runs/mini/seed1", "shards/train", TIMES, 8, 4, 3.0, 1.5)
         assert paths.write(folder / "paths/train", 40, 1, lambda done: None, "cpu") == 40
         assert paths.write(folder / "paths/train", 40, 1, lambda done: None, "cpu") == 0
         with pytest.raises(ValueError, match="is chunk-causal"):
-            TeacherPaths("runs/causal/seed1", "shards/train", TIMES, 4, 3.0, 1.5, 8)
+            TeacherPaths("runs/causal/seed1", "shards/train", TIMES, 8, 4, 3.0, 1.5)
     for stage in ("ode", "forcing"):
         done[stage] = train(folder, f"experiments={stage}")
     return folder, done

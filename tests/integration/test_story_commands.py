@@ -77,11 +77,13 @@ def stage(folder, name, *words, name_of="seed1"):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Multi-shot tuning, trajectories under true history, ODE initialisation, self-forcing with routed memory."""
+    """The base, multi-shot tuning, paths under true history, ODE initialisation, self-forcing with routed memory."""
     folder = tmp_path_factory.mktemp("causal")
     (folder / "own").mkdir()
     write_shards(folder)
-    runs = {"multi_shot": stage(folder, "multi_shot", "training.max_samples=8", "training.warmup_samples=2")}
+    runs = {"base": stage(folder, "base", "training.max_samples=4", "training.warmup_samples=2")}
+    base = f"init_from={runs['base'].relative_to(folder)}"
+    runs["multi_shot"] = stage(folder, "multi_shot", base, "training.max_samples=8", "training.warmup_samples=2")
     times = "[1.0,0.947,0.857,0.667,0.0]"
     code, told, err = run(
         prepare.main, folder, "data=ode", "out=paths", "train_clips=6", "source.clips=shards/train",
@@ -177,7 +179,8 @@ def test_memory_is_told_and_refused_before_weights_are_read(chain, tmp_path, mon
 
 def test_a_run_with_a_marker_and_captions_of_the_whole_is_sampled_with_them(chain, tmp_path):
     folder, runs = chain
-    marked = stage(folder, "multi_shot", "training.max_samples=2", "sampling.cut_prefix=Cut", "seed=3", name_of="seed3")
+    words = ("init_from=null", "training.max_samples=2", "sampling.cut_prefix=Cut", "seed=3")
+    marked = stage(folder, "multi_shot", *words, name_of="seed3")
     (folder / "told.yaml").write_text(f"story: Rain.\nshots:{STORY}")
     heard = []
     with mock.patch.object(ByteTextEncoder, "tokenize", autospec=True, side_effect=_hear(heard)):
@@ -189,9 +192,9 @@ def test_a_run_with_a_marker_and_captions_of_the_whole_is_sampled_with_them(chai
     assert json.loads((tmp_path / "made/sample.json").read_text())["story"] == "Rain."
     told = (f"teacher={marked}", f"init_from={marked}", "model.window=1", "seed=3")
     for words, message in (
-        (("multi_shot", "training.cut_prefix=Cut"), "cuts are sampled as they are trained"),
+        (("multi_shot", "init_from=null", "training.cut_prefix=Cut"), "cuts are sampled as they are trained"),
         (("self_forcing", *told), "has sampling.cut_prefix='Cut'"),
-        (("multi_shot", "model.heads=5"), "must be an even number"),
+        (("multi_shot", "init_from=null", "model.heads=7"), "must be an even number"),
     ):
         done = train(folder, f"experiments=causal_video/{words[0]}", "size=story_tiny", *SMALL, *words[1:], "seed=4")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -173,7 +173,7 @@ def test_trajectories_are_of_a_clips_first_frames(monkeypatch, tmp_path, causal)
     own = {"chunk": 2, "image": False} if causal else {}
     monkeypatch.setattr(teacher_paths.checkpoints, "read_generator", lambda _: {"sampling": {}})
     monkeypatch.setattr(teacher_paths.checkpoints, "read_state", lambda _: {"config": {"data": {}}})
-    paths = teacher_paths.TeacherPaths("run", "clips", [1.0, 0.5, 0.0], 2, 3.0, 1.0, 1, frames=17, **own)
+    paths = teacher_paths.TeacherPaths("run", "clips", [1.0, 0.5, 0.0], 1, 2, 3.0, 1.0, frames=17, **own)
     assert paths.write(tmp_path / "out", 1, 1, lambda n: None, "cpu") == 1
     assert written == [(17, causal or None), (((3 + causal) * 4, 5, 4, 4), 17, 17)]
     assert not causal or (kept[0][-4:] == clip.latents[:, :5]).all()

@@ -27,25 +27,32 @@ from vgr.types import Codec, VideoBatch
 class TeacherPaths:
     """Trajectories of `teacher` (a run) under the text, cameras and first frames of `clips` (a folder of shards).
 
-    times: where a trajectory is kept, falling from 1 to 0; steps, shift, guidance: how the teacher samples; batch:
-    trajectories made at once; frames: raw frames of a trajectory, those of a clip's start (None: all); image: the
-    clip's first latent frame is given. chunk: latent frames of a chunk of a causal teacher, whose paths go under the
-    clip's own frames before each chunk and have them as a last snapshot; None for a bidirectional one. negative: the
-    prompt that guidance leads away from. Trajectory i takes clip i, round and round, with noise of (seed, i).
+    times: where a trajectory is kept, falling from 1 to 0; batch: trajectories made at once; steps, shift, guidance:
+    how the teacher samples, by default as its run says; frames: raw frames of a trajectory, those of a clip's start
+    (None: all); image: the clip's first latent frame is given. chunk: latent frames of a chunk of a causal teacher,
+    whose paths go under the clip's own frames before each chunk and have them as a last snapshot; None for a
+    bidirectional one. negative: the prompt that guidance leads away from. Trajectory i takes clip i, round and round,
+    with noise of (seed, i).
     """
 
     def __init__(
-        self, teacher: str, clips: str, times: Sequence[float], steps: int, shift: float, guidance: float, batch: int,
-        frames: int | None = None, chunk: int | None = None, image: bool = True, negative: str = "",
+        self, teacher: str, clips: str, times: Sequence[float], batch: int, steps: int | None = None,
+        shift: float | None = None, guidance: float | None = None, frames: int | None = None, chunk: int | None = None,
+        image: bool = True, negative: str = "",
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoints.resolve(Path(teacher))
+        sampling = checkpoints.read_generator(self.checkpoint)["sampling"]
+        steps, shift, guidance = (
+            sampling[key] if given is None else given
+            for key, given in (("steps", steps), ("shift", shift), ("guidance", guidance))
+        )
         self.times, self.guidance, self.batch, self.frames = [float(t) for t in times], guidance, batch, frames
         if self.times != sorted(self.times, reverse=True) or self.times[0] != 1.0 or self.times[-1] != 0.0:
             raise ValueError(f"source.times={self.times} must fall from 1 to 0")
         # A causal teacher walks the shift of uniform times, on which those of its student lie (causal video, spec 5).
         self.grid = sigma_grid(steps, shift) if chunk is None else few_step_sigmas(steps, shift)
         self.parts = rebuild_teacher(teacher, chunk=chunk)
-        self.cut_prefix = checkpoints.read_generator(self.checkpoint)["sampling"].get("cut_prefix")
+        self.cut_prefix = sampling.get("cut_prefix")
         self.story = checkpoints.read_state(self.checkpoint)["config"]["data"].get("story", True)
         self.shards = Shards(clips, self.parts["codec"].fingerprint)
         self.settings = {"steps": steps, "shift": shift, "guidance": guidance, "clips": clips}

@@ -46,22 +46,30 @@ def body(cfg: DictConfig) -> None:
     codec = instantiate(cfg.codec)
     told = read_text(cfg)
     workers = cfg.workers or len(os.sched_getaffinity(0))
+    part = None
     if scanned := hasattr(source, "scan"):
         scan(source, Path(cfg.out), workers)
+        part = cfg.source.part and tuple(map(int, cfg.source.part.split("/")))
+        if source.missing():
+            print(f"{cfg.out}: other parts have yet to scan; once all have, this command again writes its shards")
+            return
     for split, clips in (("val", cfg.val_clips), ("train", cfg.train_clips)):
         folder = Path(cfg.out) / split
         if scanned:
             clips = min(source.count(split), math.inf if clips is None else clips)
             left_out = source.left_out(split)
             if not clips:
-                print(f"{folder}: no clips in this part")
+                print(f"{folder}: no clips")
                 continue
             told["about"] = {"left_out": {rule: len(entries) for rule, entries in left_out.items()}}
         elif clips is None:
             raise ValueError(f"{split}_clips=null: all there are, which only data=folder can tell; give a number")
         with command.progress(clips, f"{split} clips") as done:
             new = prepare_split(source, codec, folder, split, clips, cfg.seed, workers=workers,
-                                keep_video=cfg.keep_video, progress=done, **told)
+                                keep_video=cfg.keep_video, part=part, progress=done, **told)
+        if part:
+            print(f"{folder}: {new} clips, new; once all parts have ended, the same without source.part joins them")
+            continue
         if scanned:
             write_json(folder / "dropped.json", [x for entries in left_out.values() for x in entries])
         mean = json.loads((folder / "manifest.json").read_text()).get("round_trip")
@@ -71,6 +79,9 @@ def body(cfg: DictConfig) -> None:
 
 def scan(source: FolderSource, out: Path, workers: int) -> None:
     """Finds the clips of a folder's videos, which may take as long as encoding them; says what was left out."""
+    from vgr.data.annotators import Captioner
+
+    captions_of = None if source.captioner is None else Captioner(source.captioner)
     with command.progress((source.bytes() >> 10) + 1, "scanned kB") as done:
         rest = 0
 
@@ -80,6 +91,9 @@ def scan(source: FolderSource, out: Path, workers: int) -> None:
             done(whole)
 
         source.scan(out / "scan", workers, heard)
+    if captions_of:
+        with command.progress(sum(len(shots) for _, shots in source.uncaptioned()), "captioned shots") as done:
+            source.describe(captions_of, captions_of.folder.name, captions_of.fingerprint, done)
     for split in ("val", "train"):
         parts = source.left_out(split).items()
         told = ", ".join(f"{rule} {sum(x['end_s'] - x['start_s'] for x in spans):.0f} s" for rule, spans in parts)

@@ -368,16 +368,90 @@ def test_a_file_that_is_no_video_costs_only_itself(videos, tmp_path):
     assert bad == {"bad.mp4", "list.mp4"}
 
 
-def test_parts_share_the_files_and_the_held_out_ones(videos, tmp_path):
+def words(captions):
+    """States and lengths of captions, with whatever stands behind shorter ones."""
+    lengths = np.array([max(1, len(x)) for x in captions])
+    return np.arange(len(captions) * lengths.max() * 2).reshape(len(captions), -1, 2).astype(np.float16), lengths
+
+
+def prepare_both(mine, out, part=None, progress=lambda more: None):
+    """Both splits with text, as vgr-prepare makes them."""
+    codec = CosineCodec(stride=(4, 8, 8), luma=(2, 1), chroma=(1,))
+    for split in ("val", "train"):
+        prepare_split(mine, codec, out / split, split, mine.count(split), 1, samples_per_shard=2, text=words,
+                      text_made_by={"class": "Words"}, part=part, progress=progress)  # fmt: skip
+
+
+def test_the_jobs_of_an_array_make_together_what_one_makes(videos, tmp_path):
     folder, _ = videos
-    whole, parts = source(folder), [source(folder, part=f"{i}/2") for i in range(2)]
-    for x in (whole, *parts):
-        x.scan(tmp_path / "scan")
-    for split in whole.splits:
-        own = [p for x in parts for p in x._plan[split]]
-        assert sorted(own, key=str) == sorted(whole._plan[split], key=str)
+    one, *parts = (source(folder, clips_per_visit=3, part=part) for part in (None, "0/2", "1/2"))
+    one.scan(tmp_path / "scan")
+    prepare_both(one, tmp_path / "one")
+    assert [x.scan(tmp_path / "again") for x in parts] == [2, 1]  # each its own files
+    assert parts[0].missing() == 1 and parts[1].missing() == 0
+    assert [x.scan(tmp_path / "again") + x.missing() for x in parts] == [0, 0]
+    left = iter(range(3))
+    with pytest.raises(StopIteration):  # killed
+        prepare_both(parts[1], tmp_path / "both", (1, 2), lambda more: next(left))
+    prepare_both(parts[0], tmp_path / "both", (0, 2))
+    assert not list(tmp_path.glob("both/*/manifest.json"))
+    prepare_both(parts[1], tmp_path / "both", (1, 2))
+    before, heard = shards(tmp_path / "both/train"), []
+    whole = source(folder, clips_per_visit=3)
+    assert whole.scan(tmp_path / "again") == 0
+    prepare_both(whole, tmp_path / "both", None, heard.append)
+    assert heard == [whole.count("val"), whole.count("train")]  # nothing was left to make
+    for split in ("train", "val"):
+        assert shards(tmp_path / "one" / split) == shards(tmp_path / "both" / split)
+    assert before.items() < shards(tmp_path / "both/train").items()
     with pytest.raises(ValueError, match="source.part=2/2"):
         source(folder, part="2/2")
+
+
+def test_a_model_captions_what_no_file_does_and_its_words_are_kept(videos, tmp_path):
+    folder, _ = videos
+    seen, heard = [], []
+
+    def captions_of(looks):
+        seen.append([x.shape for x in looks])
+        if len(seen) == 2:
+            raise Stopped
+        return [f"looks {x.mean():.3f}" for x in looks]
+
+    def described(name="tiny", fingerprint="1"):
+        mine = source(folder)
+        mine.scan(tmp_path / "scan")
+        heard.clear()
+        count = sum(len(shots) for _, shots in mine.uncaptioned())
+        mine.describe(captions_of, name, fingerprint, heard.append)
+        assert sum(heard) == count
+        return mine
+
+    (folder / "b.json").rename(folder / "b.away")
+    try:
+        with pytest.raises(Stopped):  # c is left
+            described()
+        mine = described()
+        assert len(seen) == 3 and {x for call in seen for x in call} == {(6, 48, 64, 3)}
+        again = described()
+        assert len(seen) == 3 and again.splits == mine.splits and again._plan == mine._plan
+        told = [(rel, x) for split in mine.splits for rel, clip in mine._plan[split] for x in clip["shots"]]
+        assert {x.get("captioned_by") for rel, x in told if rel != "a.mp4"} == {"tiny"}
+        assert all(x == {"start": 0, "end": 9, "caption": "a room"} for rel, x in told if rel == "a.mp4")
+        (clip,) = mine.capture(1, "val", 0)
+        at = [0, 2, 3, 5, 6, 8]
+        if clip.source["file"] != "a.mp4":
+            assert abs(float(clip.shots[0]["caption"].split()[1]) - clip.frames[at].mean()) < 1
+        assert described(fingerprint="2").splits == mine.splits and len(seen) == 5
+        parts = [source(folder, part=f"{i}/2") for i in (0, 1, 0)]  # a and c; b; the first again
+        for part, left in zip(parts, (1, 0, 0)):
+            part.scan(tmp_path / "scan")
+            assert part.missing() == 0
+            part.describe(captions_of, "tiny", "3", heard.append)
+            assert part.missing() == left
+        assert parts[1]._plan == parts[2]._plan == mine._plan and len(seen) == 7
+    finally:
+        (folder / "b.away").rename(folder / "b.json")
 
 
 @pytest.mark.parametrize(("settings", "told"), [

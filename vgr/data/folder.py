@@ -14,7 +14,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vgr.data.files import read_lines
-from vgr.data.filters import LIMITS, Limit, Meter, Verdict, camera_figures, judge, runs
+from vgr.data.annotators import DepthModel
+from vgr.data.files import Journal, atomic
+from vgr.data.filters import Limit, Meter, Verdict, camera_figures, judge, limits_of, runs
 from vgr.data.prepare import in_order
 from vgr.data.sidecars import camera_file, captions_of, captions_table, poses_at, sidecars, told
-from vgr.data.video import CONTAINERS, Clip, Damage, Shown, at_rate, fitted, iter_frames, probe
+from vgr.data.video import CONTAINERS, Clip, Damage, Shown, at_rate, fitted, iter_frames, joined, probe
 from vgr.geometry.cameras import crop_intrinsics, from_fov
 from vgr.geometry.checks import check_cameras
 from vgr.geometry.conventions import check_convention
@@ -36,12 +38,15 @@ from vgr.seeding import derive_seed
 from vgr.types import Cameras
 
 Array = NDArray[np.float64]
+# Several frames (N,H,W,3) of each of some shots to a caption of each.
+CaptionsOf = Callable[[Sequence[NDArray[np.uint8]]], list[str]]
 # Frames (F,H,W,3) of a shot, frames a second and intrinsics (4,), if known, to c2w (F,4,4), intrinsics (F,4) and
 # confidence; ValueError: why there are none.
 CamerasOf = Callable[[NDArray[np.uint8], float, Array | None], tuple[Array, Array, float]]
 
 _THUMB, _STRETCH_S, _SHARP_S = 144, 0.5, 0.5  # thumbnails' short side; longest dull stretch kept; between two looks
 _HFOV_DEG = 60.0  # told to models that take no cameras
+_LOOKS, _AT_ONCE = 6, 4  # frames of a shot that a captioner sees; shots
 
 
 class FolderSource:
@@ -49,25 +54,28 @@ class FolderSource:
 
     licence: of the videos, for the manifest. cameras: "files", of sidecar files, held against the pictures; "estimate",
     by cameras_of; None: none, which suits models without cameras only (the clips say so). scale: metres of one unit of
-    the poses; None: unknown. hfov_deg: horizontal field of view, where pose files have no intrinsics or in place of an
-    estimate. cuts: most cuts within a clip; 0 ends clips
-    at shot boundaries. val_share: of the files, chosen by name, held out whole. limits: rules of
-    `filters.LIMITS` set otherwise, [low, high], or null for none. part: "i/n", every n-th file from the i-th on, for
-    a set made by several jobs, each with an `out` of its own. Raises ValueError for settings, and for a file named
-    twice; what is wrong with one video leaves that video out.
+    the poses; None: unknown. depth: folder of a `DepthModel` that brings estimates to metres. hfov_deg: horizontal
+    field of view, where pose files have no intrinsics or in place of an estimate. captioner: folder of a `Captioner`,
+    for `describe`. cuts: most cuts within a clip; 0 ends clips at shot boundaries. val_share: of the files, chosen by
+    name, held out whole. limits: the name of one of `filters.PRESETS`, or rules of `filters.LIMITS` set otherwise,
+    [low, high], or null for none. part: "i/n", the i-th of n jobs at one set: it scans every n-th file. Raises
+    ValueError for settings; what is wrong with one video leaves that video out.
     """
 
     def __init__(self, folder: str, frames: int, size_hw: tuple[int, int], fps: float, licence: str = "not stated",
-                 cameras: str | None = None, scale: float | None = None, hfov_deg: float | None = None, cuts: int = 0,
-                 val_share: float = 0.05, limits: Mapping[str, Limit | None] | None = None, part: str | None = None,
+                 cameras: str | None = None, scale: float | None = None, depth: str | None = None,
+                 hfov_deg: float | None = None, captioner: str | None = None, cuts: int = 0, val_share: float = 0.05,
+                 limits: str | Mapping[str, Limit | None] | None = None, part: str | None = None,
                  clips_per_visit: int = 1, cameras_of: CamerasOf = estimate_cameras) -> None:
         self.folder, self.frames, self.size_hw = str(folder), frames, (int(size_hw[0]), int(size_hw[1]))
         self.fps, self.licence, self.cameras, self.scale = float(fps), licence, cameras, scale
-        self.hfov_deg, self.cuts, self.val_share, self.part = hfov_deg, cuts, val_share, part
+        self.depth, self.hfov_deg, self.captioner = depth, hfov_deg, captioner
+        self.cuts, self.val_share = cuts, val_share
         if part and not ((p := re.fullmatch(r"(\d+)/(\d+)", part)) and int(p[1]) < int(p[2])):
             raise ValueError(f"source.part={part}: must be i/n with i from 0 to n - 1, or null")
-        self.limits = {**LIMITS, **{k: v and tuple(v) for k, v in (limits or {}).items()}}
-        self.clips_per_visit, self._cameras_of = clips_per_visit, cameras_of
+        self._part = (int(p[1]), int(p[2])) if part else None
+        self.limits, self.clips_per_visit = limits_of(limits), clips_per_visit
+        self._cameras_of = cameras_of if depth is None else partial(cameras_of, depth_of=DepthModel(depth))
         if not Path(folder).is_dir():
             raise ValueError(f"source.folder={folder}: no such folder; give one that holds videos")
         if frames < 1 or min(self.size_hw) < 8 or not self.fps > 0 or cuts < 0 or not 0 < val_share < 1:
@@ -78,8 +86,9 @@ class FolderSource:
             raise ValueError(f"source.cameras={cameras}: must be files, estimate or null")
         if cameras == "estimate" and cameras_of is estimate_cameras and importlib.util.find_spec("pycolmap") is None:
             raise ValueError("source.cameras=estimate wants pycolmap: pip install 'vgr[video]'")
-        if unknown := set(self.limits) - set(LIMITS):
-            raise ValueError(f"source.limits.{min(unknown)}: no such rule; there are {', '.join(LIMITS)}")
+        if depth is not None and (cameras != "estimate" or scale is not None):
+            raise ValueError(f"source.depth={depth} goes with source.cameras=estimate and source.scale=null; got "
+                             f"{cameras} and {scale}")
         self.splits: dict[str, Any] = {"train": [], "val": []}
         self._plan: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         self._dropped: dict[str, list[dict[str, Any]]] = {}
@@ -87,36 +96,70 @@ class FolderSource:
 
     def _settings(self) -> dict[str, Any]:
         """What decides what a scan finds in one file."""
-        left_out = ("splits", "folder", "val_share", "part", "licence", "clips_per_visit")
+        left_out = ("splits", "folder", "val_share", "licence", "captioner", "clips_per_visit")
         return {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in left_out}
 
     def bytes(self) -> int:
-        """Of all videos."""
-        return sum((Path(self.folder) / rel).stat().st_size for rel in self._files())
+        """Of all videos that this job scans."""
+        return sum((Path(self.folder) / rel).stat().st_size for rel in self._own(self._files()))
+
+    def _own(self, files: Iterable[str]) -> list[str]:
+        first, step = self._part or (0, 1)
+        return list(files)[first::step]
+
+    def _journal(self) -> Journal:
+        return Journal(self._cache, "scan", "-{}-of-{}".format(*self._part) if self._part else "")
 
     def scan(self, cache: str | Path, workers: int = 1, progress: Callable[[int], None] = lambda more: None) -> int:
         """Finds the clips of both splits; returns how many files were new to `cache`, a folder.
 
-        progress hears of bytes, at first of those scanned before. Raises ValueError where nothing is left of a split.
+        Of several jobs each has to `scan`, and `describe`, before any knows all clips: `missing` tells. progress hears
+        of bytes, at first of those scanned before. Raises ValueError where nothing is left of a split.
         """
         self._cache = Path(cache)
-        self._cache.mkdir(parents=True, exist_ok=True)
-        files, journal = self._files(), self._cache / "scan.jsonl"
-        ids = {rel: self._id(rel, captions) for rel, captions in files.items()}
-        known = {line["id"]: line for line in read_lines(journal) if "id" in line}
-        sizes = {rel: (Path(self.folder) / rel).stat().st_size for rel in files}
-        todo = [rel for rel in files if ids[rel] not in known]
-        progress(sum(sizes[rel] for rel in files if ids[rel] in known))
-        with journal.open("a+", encoding="utf-8") as out:
-            out.write("\n" if out.tell() else "")  # a kill may have cut the last line short
-            tasks = [(rel, files[rel]) for rel in todo]
-            for rel, found in zip(todo, in_order(self._scan, tasks, workers)):
-                known[ids[rel]] = {"id": ids[rel], **found}
-                out.write(json.dumps(known[ids[rel]], allow_nan=False) + "\n")
-                out.flush()
-                progress(sizes[rel])
-        self._share_out({rel: known[ids[rel]] for rel in files})
+        files, journal = self._files(), self._journal()
+        self._ids = {rel: self._id(rel, captions) for rel, captions in files.items()}
+        sizes = {rel: (Path(self.folder) / rel).stat().st_size for rel in self._own(files)}
+        todo = [rel for rel in sizes if self._ids[rel] not in journal.known]
+        progress(sum(sizes[rel] for rel in sizes if rel not in todo))
+        for rel, found in zip(todo, in_order(self._scan, [(rel, files[rel]) for rel in todo], workers)):
+            journal.add({"id": self._ids[rel], **found})
+            progress(sizes[rel])
+        known = self._journal().known  # with what others have found meanwhile
+        self._share_out({rel: known[self._ids[rel]] for rel in files if self._ids[rel] in known})
+        self._missing = len(files) - len(self._records)
         return len(todo)
+
+    def missing(self) -> int:
+        """Files, or groups of shots, that are left to other jobs."""
+        return self._missing
+
+    def uncaptioned(self) -> list[tuple[str, list[tuple[dict[str, Any], dict[str, Any]]]]]:
+        """Clips and shots that no file captions, few at a time, by the file that holds them."""
+        found = []
+        for rel, record in self._records.items():
+            mute = [(clip, shot) for clip in record["clips"] for shot in clip["shots"] if not shot["caption"]]
+            found += [(rel, mute[at : at + _AT_ONCE]) for at in range(0, len(mute), _AT_ONCE)]
+        return found
+
+    def describe(self, captions_of: CaptionsOf, name: str, fingerprint: str,
+                 progress: Callable[[int], None] = lambda more: None) -> None:
+        """Captions, by a model called name, of shots that no file captions; kept in the cache for its fingerprint."""
+        journal, own = self._journal(), set(self._own(self._ids))
+        for rel, group in self.uncaptioned():
+            place = [self._ids[rel], fingerprint, group[0][0]["k"], group[0][1]["start"]]
+            told = hashlib.sha256(json.dumps(place).encode()).hexdigest()
+            if told not in journal.known and rel in own:
+                looks = [self._pictures(Path(self.folder) / rel, clip, np.linspace(x["start"], x["end"] - 1, _LOOKS))
+                         for clip, x in group]
+                journal.add({"id": told, "captions": captions_of(looks)})
+            elif told not in journal.known:
+                self._missing += 1
+                continue
+            for (_, shot), caption in zip(group, journal.known[told]["captions"], strict=True):
+                shot |= {"caption": caption, "captioned_by": name}
+            progress(len(group))
+        self._share_out(self._records)
 
     def _files(self) -> dict[str, list[dict[str, Any]]]:
         """Videos by name, relative to the folder, in order, with what captions.csv says of each."""
@@ -131,18 +174,17 @@ class FolderSource:
         return files
 
     def _share_out(self, records: dict[str, dict[str, Any]]) -> None:
+        self._records = records
         share = {rel: derive_seed(0, f"held out {rel}") / 2**63 for rel in records}
         good = [rel for rel in records if records[rel]["clips"]]
         held = {rel for rel in good if share[rel] < self.val_share} or set(sorted(good, key=share.__getitem__)[:1])
-        first, step = map(int, self.part.split("/")) if self.part else (0, 1)
-        mine = list(records)[first::step]
         for split in self.splits:
-            own = [rel for rel in mine if (rel in held) == (split == "val")]
+            own = [rel for rel in records if (rel in held) == (split == "val")]
             self._plan[split] = [(rel, clip) for rel in own for clip in records[rel]["clips"]]
             self._dropped[split] = [{"file": rel, **x} for rel in own for x in records[rel]["dropped"]]
             text = json.dumps([[rel, records[rel]["clips"]] for rel in own])
             self.splits[split] = [f"{len(own)} files, plan {hashlib.sha256(text.encode()).hexdigest()[:16]}"]
-        if not self._plan["train"] and not (self.part and good):
+        if not self._plan["train"] and not self._part:
             told = [f"{rule} {len(x)}" for rule, x in self.left_out("train").items()]
             raise ValueError(f"source.folder={self.folder}: nothing to train on in {len(records)} files, {len(good)} "
                              f"with clips, of which one at least is held out; left out: {', '.join(told)}")
@@ -169,7 +211,8 @@ class FolderSource:
         c2w, k = self._cameras(path, plan, [x.index for x in shown], [x.time_s for x in shown], shown[0].size_hw)
         return Clip(
             frames=np.stack([x.rgb(self.size_hw) for x in shown]), c2w=c2w, intrinsics=k, fps=self.fps,
-            shots=plan["shots"], metric_scale=self.cameras is not None and self.scale is not None,
+            shots=plan["shots"],
+            metric_scale=self.cameras is not None and (self.scale is not None or self.depth is not None),
             source={"name": "folder", "file": rel, "start_s": plan["start_s"], "cameras": self.cameras,
                     "figures": plan["figures"]},
         )
@@ -222,7 +265,7 @@ class FolderSource:
             drop(0, info.seconds, "unreadable", str(error))
             return record
         times = np.array([t for t, _ in shown])
-        for at, end, what in _joined(damage):
+        for at, end, what in joined(damage):
             drop(at, end, "damaged", what)
         trusted = self.cameras != "files"  # until the pictures of one clip have told that the poses are theirs
         for a, b in self._segments(meter, times, [at for at, _ in damage], drop):
@@ -327,13 +370,15 @@ class FolderSource:
             known = None if self.hfov_deg is None else from_fov(self.hfov_deg, width / height, torch.float64).numpy()
             parts = [self._cameras_of(frames[x["start"] : x["end"]], self.fps, known) for x in plan["shots"]]
             c2w, k = (np.concatenate(x) for x in list(zip(*parts))[:2])
-            np.savez(file, c2w=c2w, intrinsics=k, fps=self.fps, confidence=min(part[2] for part in parts))
+            with atomic(file) as out:
+                np.savez(out, c2w=c2w, intrinsics=k, fps=self.fps, confidence=min(part[2] for part in parts))
         with np.load(file, allow_pickle=False) as stored:
             plan["figures"]["pose_confidence"] = float(stored["confidence"])
 
-    def _pictures(self, path: Path, plan: Mapping[str, Any]) -> NDArray[np.uint8]:
-        """A clip's frames (F,H,W,3) in the shape of size_hw, as large as they came, up to a short side of 480."""
+    def _pictures(self, path: Path, plan: Mapping[str, Any], at: Array | None = None) -> NDArray[np.uint8]:
+        """A clip's frames (F,H,W,3), or those at, in the shape of size_hw, up to a short side of 480 as they came."""
         shown = self._read(path, plan)
+        shown = shown if at is None else [shown[i] for i in np.unique(at.round().astype(int))]
         scale = max(1.0, min(480 / min(self.size_hw), *(a / b for a, b in zip(shown[0].size_hw, self.size_hw))))
         size = round(self.size_hw[0] * scale), round(self.size_hw[1] * scale)
         return np.stack([x.rgb(size) for x in shown])
@@ -358,14 +403,3 @@ class FolderSource:
             k = crop_intrinsics(k, scaled, (top, left, *self.size_hw))
         c2w[:, :3, 3] *= self.scale or 1.0
         return c2w.numpy(), k.numpy()
-
-
-def _joined(damage: Damage) -> list[tuple[float, float, str]]:
-    """Damage less than a second apart is one: start, end, what came first and how often."""
-    spans: list[list[Any]] = []
-    for at, what in sorted(damage):
-        if spans and at - spans[-1][1] < 1:
-            spans[-1][1], spans[-1][3] = at, spans[-1][3] + 1
-        else:
-            spans.append([at, at, what, 1])
-    return [(a, b, what if n == 1 else f"{what}, and {n - 1} more") for a, b, what, n in spans]

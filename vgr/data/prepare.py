@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 from collections import deque
@@ -55,7 +54,7 @@ def round_trip_db(codec: Codec, latents_CTHW: np.ndarray, frames_FHWC: np.ndarra
 def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, clips: int, seed: int, *,
                   workers: int = 1, keep_video: bool = False, samples_per_shard: int = 64,
                   text: TextArrays | None = None, text_made_by: dict[str, Any] | None = None,
-                  about: dict[str, Any] | None = None,
+                  about: dict[str, Any] | None = None, part: tuple[int, int] | None = None,
                   progress: Callable[[int], None] = lambda more: None) -> int:
     """Writes `clips` clips of a split as shards and returns how many were new.
 
@@ -63,9 +62,11 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
     shard. Validation keeps its videos, since measuring needs true frames. `progress` hears how many clips stood
     already, then of each new one. text: a frozen encoder whose states go beside the latents, `text_made_by` its class
     and configuration; those of the empty caption, for dropout and guidance, stand in one file. about: more for the
-    manifest's `extra`. The first clip of every shard is decoded again; the manifest's `round_trip` has their PSNR. The
-    clips of a visit are encoded at once, in the workers, or here where the codec stands on a GPU. Raises ValueError
-    where source and codec do not fit or the folder holds something else, OSError where the disk is full.
+    manifest's `extra`. part: i and n of one job of several, which makes every n-th shard from the i-th on; a call
+    without it, once all have ended, makes what they left and the manifest. The first clip of every shard is decoded
+    again; the manifest's `round_trip` has their PSNR. The clips of a visit are encoded at once, in the workers, or here
+    where the codec stands on a GPU. Raises ValueError where source and codec do not fit or the folder holds something
+    else, OSError where the disk is full.
     """
     t, h, w = codec.stride
     if (source.frames - 1) % t or source.size_hw[0] % h or source.size_hw[1] % w:
@@ -83,28 +84,34 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
         _note_round_trip(Path(folder), samples_per_shard)
         return 0
     with ShardWriter(folder, type(codec).__name__, codec.fingerprint, tuple(codec.stride), codec.channels,
-                     source.size_hw, source.fps, source.licence, samples_per_shard, extra) as writer:
-        start = min(writer.done, clips)
-        progress(start)
-        first, skip = divmod(start, source.clips_per_visit)
-        visits = range(first, -(-clips // source.clips_per_visit))
+                     source.size_hw, source.fps, source.licence, samples_per_shard, extra, part is None) as writer:
+        sizes = [min(samples_per_shard, clips - at) for at in range(0, clips, samples_per_shard)]
+        i, n = part or (0, 1)
+        todo = [shard for shard in range(i, len(sizes), n) if not writer.stands(shard, sizes[shard])]
+        writer.shards = {shard: told for shard, told in writer.shards.items() if shard < len(sizes)}
+        numbers = {shard * samples_per_shard + k for shard in todo for k in range(sizes[shard])}
+        progress(clips - len(numbers))
+        visits = sorted({number // source.clips_per_visit for number in numbers})
         capture = partial(_capture, source, seed, split)
         pack = partial(_pack, codec, split, keep_video, samples_per_shard)
         if _on_gpu(codec):
             packed = map(pack, in_order(capture, visits, workers))
         else:
             packed = in_order(partial(_both, capture, pack), visits, workers)
-        items = itertools.chain.from_iterable(packed)
-        if text is not None:
+        if text is not None and part is None:
             with atomic(Path(folder) / extra["text"]["null"]) as file:
                 np.save(file, text(("",))[0][0], allow_pickle=False)
-        for index, item in enumerate(itertools.islice(items, skip, skip + clips - start), start):
-            shots = item["meta"]["shots"]
-            states = None if text is None else text(tuple(shot["caption"] for shot in shots))
-            writer.add(f"{split}-{index:06d}", **item, text=states)
-            progress(1)
-    _note_round_trip(Path(folder), samples_per_shard)
-    return clips - start
+        for visit, items in zip(visits, packed, strict=True):
+            for number, item in enumerate(items, visit * source.clips_per_visit):
+                if number in numbers:
+                    writer.at = number // samples_per_shard
+                    shots = item["meta"]["shots"]
+                    states = None if text is None else text(tuple(shot["caption"] for shot in shots))
+                    writer.add(f"{split}-{number:06d}", **item, text=states)
+                    progress(1)
+    if part is None:
+        _note_round_trip(Path(folder), samples_per_shard)
+    return len(numbers)
 
 
 def _note_round_trip(folder: Path, every: int) -> None:

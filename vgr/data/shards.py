@@ -58,38 +58,45 @@ def latent_shots(starts: Sequence[int], frames: int, stride: int) -> NDArray[np.
 class ShardWriter:
     """Writes shards into a folder, continuing after the last whole one; a context manager.
 
-    The manifest is written when the block ends well. `done` counts the samples that were there already: the
-    caller goes on with that one. Raises ValueError where the folder holds other settings.
+    The manifest is written when the block ends well, but for one job of several (alone=False). `done` counts the
+    samples that were there already: the caller goes on with that one, or says by `at` which shard is next. Raises
+    ValueError where the folder holds other settings.
     """
 
     def __init__(self, folder: str | Path, codec_name: str, codec_fingerprint: str, stride: tuple[int, int, int],
                  channels: int, size_hw: tuple[int, int], fps: float, licence: str, samples_per_shard: int = 64,
-                 extra: Mapping[str, Any] | None = None) -> None:
-        self.folder, self.samples_per_shard = Path(folder), samples_per_shard
+                 extra: Mapping[str, Any] | None = None, alone: bool = True) -> None:
+        self.folder, self.samples_per_shard, self.alone = Path(folder), samples_per_shard, alone
         codec = {"name": codec_name, "fingerprint": codec_fingerprint, "stride": list(stride), "channels": channels}
         self.head = {
             "schema": SCHEMA, "codec": codec, "size_hw": list(size_hw), "fps": fps, "licence": licence,
             "samples_per_shard": samples_per_shard, "extra": dict(extra or {}),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(".*.part"):
-            part.unlink()
-        self.shards: list[dict[str, Any]] = []
-        while (index := self._path("json")).is_file():
-            known = json.loads(index.read_text())
-            if known["head"] != self.head:
-                changed = [k for k in self.head if known["head"].get(k) != self.head[k]]
-                raise ValueError(f"{self.folder} holds shards with another {', '.join(changed)}; choose another `out`, "
-                                 "or remove that folder")
-            if len(known["samples"]) < samples_per_shard or _size(self._path("tar")) != known["bytes"]:
-                break  # lost, or the last one of a smaller set: written again, since more may follow
-            self.shards.append({k: v for k, v in known.items() if k != "head"})
-        self.done = len(self.shards) * samples_per_shard
-        (self.folder / "manifest.json").unlink(missing_ok=True)
+        self.shards: dict[int, dict[str, Any]] = {}
+        while self.stands(len(self.shards)):
+            pass
+        for path in (*self.folder.glob(".*.part"), self.folder / "manifest.json") if alone else ():
+            path.unlink(missing_ok=True)
+        self.at, self.done = len(self.shards), len(self.shards) * samples_per_shard
         self._pending: list[tuple[str, dict[str, bytes]]] = []
 
-    def _path(self, ending: str) -> Path:
-        return self.folder / f"shard-{len(self.shards):05d}.{ending}"
+    def stands(self, number: int, samples: int | None = None) -> bool:
+        """Whether that shard is there, full or of so many samples; ValueError where its settings are others."""
+        if not (index := self._path(number, "json")).is_file():
+            return False
+        known = json.loads(index.read_text())
+        if known["head"] != self.head:
+            changed = [k for k in self.head if known["head"].get(k) != self.head[k]]
+            raise ValueError(f"{self.folder} holds shards with another {', '.join(changed)}; choose another `out`, "
+                             "or remove that folder")
+        whole = _size(self._path(number, "tar")) == known["bytes"]  # lost, or cut short by who copied it
+        if whole := whole and len(known["samples"]) == (samples or self.samples_per_shard):
+            self.shards[number] = {k: v for k, v in known.items() if k != "head"}
+        return whole
+
+    def _path(self, number: int, ending: str) -> Path:
+        return self.folder / f"shard-{number:05d}.{ending}"
 
     def add(self, key: str, latents: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, meta: Mapping[str, Any],
             video: bytes | None = None, depth: np.ndarray | None = None,
@@ -125,14 +132,13 @@ class ShardWriter:
                     where[suffix] = [tar.offset + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)]
                     tar.addfile(info, io.BytesIO(data))
                 entries.append({"key": key, "members": where})
-        path, data = self._path("tar"), buffer.getbuffer()
+        path, data = self._path(self.at, "tar"), buffer.getbuffer()
         with atomic(path) as file:
             file.write(data)
         digest = hashlib.sha256(data).hexdigest()
         shard = {"file": path.name, "bytes": len(data), "sha256": digest, "samples": entries}
-        write_text(self._path("json"), json.dumps({"head": self.head, **shard}))
-        self.shards.append(shard)
-        self._pending = []
+        write_text(self._path(self.at, "json"), json.dumps({"head": self.head, **shard}))
+        self.shards[self.at], self.at, self._pending = shard, self.at + 1, []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -143,12 +149,15 @@ class ShardWriter:
             return
         if self._pending:
             self._flush()
+        if not self.alone:
+            return
         for path in self.folder.glob("shard-*"):
-            if int(path.stem.split("-")[1]) >= len(self.shards):
+            if int(path.stem.split("-")[1]) not in self.shards:
                 path.unlink()
         sync_folder(self.folder)
-        samples = sum(len(s["samples"]) for s in self.shards)
-        write_text(self.folder / "manifest.json", json.dumps({**self.head, "samples": samples, "shards": self.shards}))
+        shards = [self.shards[number] for number in sorted(self.shards)]
+        told = {**self.head, "samples": sum(len(s["samples"]) for s in shards), "shards": shards}
+        write_text(self.folder / "manifest.json", json.dumps(told))
 
 
 class Shards:

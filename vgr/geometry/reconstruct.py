@@ -104,16 +104,18 @@ def reconstruct(
 
 
 def estimate_cameras(
-    frames_FHW3: NDArray[np.uint8], fps: float, intrinsics: ArrayLike | None = None
+    frames_FHW3: NDArray[np.uint8], fps: float, intrinsics: ArrayLike | None = None,
+    depth_of: Callable[[NDArray[np.uint8]], ArrayLike] | None = None,
 ) -> tuple[Array, Array, float]:
     """c2w (F,4,4), intrinsics (F,4) and confidence of one shot, from about eight frames a second and the last one.
 
-    The frames between are interpolated. ValueError with the reason where the cameras should not be used, and where a
-    frame could not be registered.
+    The frames between are interpolated. depth_of: frames to maps, for metres. ValueError with the reason where the
+    cameras should not be used, and where a frame could not be registered.
     """
     count = len(frames_FHW3)
     at = np.union1d(np.arange(0, count, max(1, round(fps / 8))), [count - 1])
-    found = reconstruct(frames_FHW3[at], intrinsics, threads=1)
+    depth_m = None if depth_of is None else depth_of(frames_FHW3[at])
+    found = reconstruct(frames_FHW3[at], intrinsics, depth_m=depth_m, threads=1)
     known = np.isfinite(found.c2w).all((1, 2))
     if found.reason or not known.all():
         raise ValueError(found.reason or f"{(~known).sum()} of {len(at)} frames could not be registered")

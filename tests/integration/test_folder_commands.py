@@ -15,9 +15,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from small_training import PRESET, metrics, train  # noqa: E402
+from test_annotators import chat_model, llava  # noqa: E402
 from test_folder import FPS, K, walk  # noqa: E402
 
 from vgr import prepare  # noqa: E402
+from vgr.data import annotators  # noqa: E402
 from vgr.data.shards import Shards  # noqa: E402
 from vgr.data.video import write_video  # noqa: E402
 from vgr.geometry.formats import write_cameras  # noqa: E402
@@ -98,3 +100,41 @@ def test_the_page_shows_the_data_and_escapes_what_captions_say(project):
     assert html.count('<svg viewBox="0 0 100 75"') == sum(len(Shards(folder / "shards" / s)) for s in ("train", "val"))
     assert "src=\"data:image/png" in html and "http" not in html.replace("http-equiv", "")
     assert "exit code 2" in vgr_prepare(folder, "inspect=videos")
+
+
+def test_the_jobs_of_an_array_make_the_set_that_one_command_makes(project):
+    folder, _ = project
+    words = [x for x in SETTINGS if not x.startswith("out=")] + ["source.hfov_deg=79.6", "out=arrayed"]
+    assert "other parts have yet to scan" in vgr_prepare(folder, *words, "source.part=0/2")
+    for i in (1, 0):
+        assert "the same without source.part" in vgr_prepare(folder, *words, f"source.part={i}/2")
+    assert not list(folder.glob("arrayed/*/manifest.json"))
+    assert "nothing to do" in vgr_prepare(folder, *words)
+    for split in ("train", "val"):
+        one, many = ({p.name: p.read_bytes() for p in (folder / x / split).iterdir()} for x in ("shards", "arrayed"))
+        assert one == many
+
+
+def test_a_model_captions_videos_without_captions(project, monkeypatch):
+    folder, _ = project
+    chat_model(folder / "tiny-llava", llava)
+    monkeypatch.setattr(annotators, "MAX_TOKENS", 4)
+    (folder / "mute").mkdir()
+    for name in ("hall", "yard"):
+        (folder / f"mute/{name}.mp4").symlink_to(folder / f"videos/{name}.mp4")
+    (folder / "mute/yard.txt").write_text("a yard")
+    words = [x for x in SETTINGS if not x.startswith(("source.folder", "source.cameras", "source.scale", "out"))]
+    words += ["source.folder=mute", "out=told", "source.captioner=tiny-llava"]
+    assert "exit code" not in (text := vgr_prepare(folder, *words)), text
+    for split in ("train", "val"):
+        shards = Shards(folder / "told" / split)
+        for sample in (shards.read(i) for i in range(len(shards))):
+            (shot,) = sample.meta["shots"]
+            if sample.meta["source"]["file"] == "yard.mp4":
+                assert shot["caption"] == "a yard" and "captioned_by" not in shot
+            else:
+                assert shot["caption"] and shot["captioned_by"] == "tiny-llava"
+    assert "by tiny-llava where no file has one" in vgr_prepare(folder, "inspect=told") + (
+        folder / "told/inspect.html").read_text()
+    told = vgr_prepare(folder, *words[:-1], "source.captioner=nowhere")
+    assert "source.captioner=nowhere: no local folder" in told and "exit code 2" in told

@@ -60,7 +60,7 @@ def sight(side):
     )  # fmt: skip
 
 
-def idefics3(folder):
+def idefics3():
     """The format of SmolVLM."""
     words, side = tokenizer(), {"longest_edge": 32}
     looks = Idefics3ImageProcessor(size=side, max_image_size=side, do_image_splitting=False)
@@ -70,7 +70,7 @@ def idefics3(folder):
     return processor, Idefics3ForConditionalGeneration(config)
 
 
-def llava(folder):
+def llava():
     words = tokenizer()
     looks = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = LlavaProcessor(looks, words, patch_size=8, vision_feature_select_strategy="default",
@@ -80,13 +80,16 @@ def llava(folder):
     return processor, LlavaForConditionalGeneration(config)
 
 
-@pytest.fixture(scope="module", params=[idefics3, llava], ids=lambda f: f.__name__)
-def chat(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"tiny-{request.param.__name__}")
+def chat_model(folder, family):
     torch.manual_seed(0)
-    for made in request.param(folder):
+    for made in family():
         made.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=[idefics3, llava], ids=lambda f: f.__name__)
+def chat(request, tmp_path_factory):
+    return chat_model(tmp_path_factory.mktemp(f"tiny-{request.param.__name__}"), request.param)
 
 
 def shots():

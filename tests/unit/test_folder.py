@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -249,7 +250,7 @@ def test_one_process_two_and_killed_and_resumed_make_the_same_files(videos, tmp_
 
     with pytest.raises(Stopped):
         source(folder).scan(tmp_path / "scan3", 1, stop)
-    journal = tmp_path / "scan3/scan.jsonl"
+    journal = tmp_path / "scan3/scan-0-of-1.jsonl"
     assert len(journal.read_text().splitlines()) == 2  # an empty line is never the first
     journal.write_text(journal.read_text()[:-30])  # killed while it wrote
     heard.clear()
@@ -338,6 +339,25 @@ def test_cameras_by_a_callable_are_estimated_once_and_failures_told(videos, tmp_
     assert len(seen) == count and not clip.metric_scale and clip.source["cameras"] == "estimate"
     np.testing.assert_allclose(clip.intrinsics[0], K)
     assert clip.source["figures"]["pose_confidence"] == 0.5
+
+
+def test_depth_in_metres_goes_into_the_estimate_and_makes_it_metric(videos, tmp_path, monkeypatch):
+    folder, _ = videos
+    given = []
+
+    def found(frames, intrinsics, *, depth_m, threads):
+        given.append((len(frames), depth_m))
+        c2w = np.tile(np.eye(4), (len(frames), 1, 1))
+        return SimpleNamespace(c2w=c2w, intrinsics=K, confidence=1.0, reason="")
+
+    monkeypatch.setattr("vgr.geometry.reconstruct.reconstruct", found)
+    monkeypatch.setattr("vgr.data.folder.DepthModel", lambda name: lambda frames: np.full(frames.shape[:3], len(name)))
+    mine = source(folder, cameras="estimate", scale=None, depth="four", fps=16.0)
+    mine.scan(tmp_path / "scan")
+    assert mine.capture(1, "train", 0)[0].metric_scale and {n for n, _ in given} == {5}  # of nine, at eight a second
+    assert all(depth.shape == (5, 48, 64) and (depth == 4).all() for _, depth in given)
+    with pytest.raises(ValueError, match="with source.depth, estimate and source.scale=null"):
+        source(folder, cameras="estimate", scale=1.0, depth="four")
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -456,7 +476,8 @@ def test_a_model_captions_what_no_file_does_and_its_words_are_kept(videos, tmp_p
 
 @pytest.mark.parametrize(("settings", "told"), [
     ({"cameras": "guess"}, "source.cameras=guess"),
-    ({"limits": {"motoin": None}}, "source.limits.motoin"), ({"val_share": 1.0}, "val_share=1.0"),
+    ({"limits": {"motoin": None}}, "source.limits=motoin"), ({"limits": "sekai"}, "source.limits=sekai.*sekai_game"),
+    ({"part": "1"}, "source.part=1"), ({"val_share": 1.0}, "val_share=1.0"),
     ({"folder": "nowhere"}, "nowhere"),
 ])
 def test_settings_that_cannot_be_are_refused(tmp_path, settings, told):

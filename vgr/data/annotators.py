@@ -15,24 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# The published captions are of the scene, by who stands in it, without verbs of the camera.
-PROMPT = (
+PROMPT = (  # as the published captions: the scene, by who stands in it, without verbs of the camera
     "These pictures show one place, one moment after another. Describe the place in two or three sentences as somebody "
     "standing in it sees it: what is where, materials, light, weather and style. Do not mention pictures, a video, a "
     "camera or any movement of the viewer."
 )
 MAX_TOKENS = 160
-_CAPTIONER = ("source.captioner", "AutoProcessor", "AutoModelForImageTextToText", "HuggingFaceTB/SmolVLM-Instruct "
-              "(4.5 GB, Apache-2.0) or Qwen/Qwen2-VL-7B-Instruct (16.6 GB, Apache-2.0)")  # fmt: skip
-_DEPTH = ("source.depth", "AutoImageProcessor", "AutoModelForDepthEstimation", "depth-anything/"
-          "Depth-Anything-V2-Metric-Outdoor-Small-hf or -Indoor-Small-hf (99 MB, Apache-2.0)")  # fmt: skip
+# Setting, classes of transformers, and what to get.
+_CAPTIONER = ("source.captioner", "AutoProcessor", "AutoModelForImageTextToText", "HuggingFaceTB/SmolVLM-Instruct (4.5 "
+              "GB, Apache-2.0) or Qwen/Qwen2-VL-7B-Instruct (16.6 GB, Apache-2.0)")  # fmt: skip
+_DEPTH = ("source.depth", "AutoImageProcessor", "AutoModelForDepthEstimation", "depth-anything/Depth-Anything-V2-Metric"
+          "-Outdoor-Small-hf or -Indoor-Small-hf (99 MB, Apache-2.0)")  # fmt: skip
 
 
 class Captioner:
-    """Several frames (N,H,W,3) uint8 of each of some shots to a caption of each, by greedy decoding of PROMPT's answer.
+    """Several frames (N,H,W,3) uint8 of each of some shots to a caption of each: PROMPT's answer, decoded greedily.
 
-    folder: any chat model that takes pictures, with its processor; fingerprint: of its files and the prompt. ValueError
-    where something is missing.
+    folder: any chat model that takes pictures, with its processor, or ValueError; fingerprint: of its files and PROMPT.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -57,23 +56,18 @@ class Captioner:
 
 
 class DepthModel:
-    """Frames (F,H,W,3) uint8 to planar depth (F,H,W) float32 in metres, frame by frame.
-
-    folder: a depth estimator trained for metres, with its processor. ValueError where it is not, or is incomplete.
-    """
+    """Frames (F,H,W,3) uint8 to planar depth (F,H,W) float32 in metres; ValueError where not trained for metres."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = _checked(folder, *_DEPTH)
         told = json.loads((self.folder / "config.json").read_text())
         if told.get("depth_estimation_type") != "metric" and told["model_type"] not in ("zoedepth", "depth_pro"):
-            raise ValueError(f"source.depth={folder}: a {told['model_type']} of relative depth, not metres; get for "
-                             f"example {_DEPTH[-1]}")
+            raise ValueError(f"source.depth={folder}: relative depth, not metres; get for example {_DEPTH[-1]}")
 
     def __call__(self, frames_FHW3: NDArray[np.uint8]) -> NDArray[np.float32]:
         import torch
 
-        processor, model = _loaded(self.folder, *_DEPTH)
-        maps = []
+        (processor, model), maps = _loaded(self.folder, *_DEPTH), []
         for frame in frames_FHW3:
             with torch.no_grad():
                 found = model(**processor(images=frame, return_tensors="pt").to(model.device, dtype=model.dtype))
@@ -97,11 +91,10 @@ def _loaded(folder: Path, key: str, processor: str, network: str, releases: str)
     import transformers
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    ways = {"local_files_only": True, "trust_remote_code": False}
     try:
-        made = getattr(transformers, processor).from_pretrained(folder, **ways)
+        made = getattr(transformers, processor).from_pretrained(folder, local_files_only=True)
         model, found = getattr(transformers, network).from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **ways)
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{key}={folder}: {error}; get for example {releases}") from error
     if missing := sorted(found["missing_keys"]):

@@ -49,18 +49,17 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 class Journal:
-    """What was found, by id, in files <name>*.jsonl of a folder: all are read, each job of an array adds to its own."""
+    """What was found, by id, in the jsonl files of a folder: all are read, each job of an array adds to its own."""
 
-    def __init__(self, folder: str | Path, name: str, own: str = "") -> None:
-        folder = Path(folder)
+    def __init__(self, folder: Path, own: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        lines = (line for path in sorted(folder.glob(f"{name}*.jsonl")) for line in read_lines(path))
+        lines = (line for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path))
         self.known = {line["id"]: line for line in lines if "id" in line}
-        self._out = (folder / f"{name}{own}.jsonl").open("a", encoding="utf-8")
+        self._out = (folder / own).open("a", encoding="utf-8")
         self._out.write("\n" if self._out.tell() else "")  # a kill may have cut the last line short
 
     def add(self, found: dict[str, Any]) -> None:
-        """Keeps a finding, whose key `id` names it."""
+        """Keeps a finding, whose `id` names it."""
         self.known[found["id"]] = found
         self._out.write(json.dumps(found, allow_nan=False) + "\n")
         self._out.flush()

@@ -31,23 +31,13 @@ LIMITS: dict[str, Limit] = {
     "focal_spread": (None, 0.2),  # |fx - fy| over their mean
     "pose_jump": (None, 5.0),  # the largest step, or turn, over the 90th percentile
 }
-# What the paper asks of each of its sets otherwise; None of a rule it does not apply.
+# What the paper asks otherwise of some of its sets; the rest (sekai_walking, miradata, spatialvid) is as above.
 PRESETS: dict[str, dict[str, Limit | None]] = {
     "omniworld": {"motion": (0.5, 100.0), "saturation": None}, "sekai_game": {"saturation": None},
-    "sekai_walking": {}, "miradata": {}, "dl3dv_gs": {"motion": (6.0, 50.0)}, "spatialvid": {},
+    "dl3dv_gs": {"motion": (6.0, 50.0)},
 }  # fmt: skip
 _BLANK, _STILL, _DARK = 4.0, 0.15, 24  # sd of luma; change of blurred luma; luma of a bar's brightest pixels, of 255
 _VMAF_BLUR = np.array([0.054488685, 0.244201342, 0.402619947, 0.244201342, 0.054488685])
-
-
-def limits_of(given: str | Mapping[str, Limit | None] | None) -> dict[str, Limit | None]:
-    """LIMITS, set otherwise as one of PRESETS or rules say. ValueError: unknown names."""
-    if isinstance(given, str) and given not in PRESETS:
-        raise ValueError(f"source.limits={given}: no such preset; there are {', '.join(PRESETS)}")
-    rules = PRESETS[given] if isinstance(given, str) else given or {}
-    if unknown := set(rules) - set(LIMITS):
-        raise ValueError(f"source.limits.{min(unknown)}: no such rule; there are {', '.join(LIMITS)}")
-    return {**LIMITS, **{k: v and tuple(v) for k, v in rules.items()}}
 
 
 class Verdict(NamedTuple):

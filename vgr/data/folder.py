@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from vgr.data.annotators import DepthModel
 from vgr.data.files import Journal, atomic
-from vgr.data.filters import Limit, Meter, Verdict, camera_figures, judge, limits_of, runs
+from vgr.data.filters import LIMITS, PRESETS, Limit, Meter, Verdict, camera_figures, judge, runs
 from vgr.data.prepare import in_order
 from vgr.data.sidecars import camera_file, captions_of, captions_table, poses_at, sidecars, told
 from vgr.data.video import CONTAINERS, Clip, Damage, Shown, at_rate, fitted, iter_frames, joined, probe
@@ -45,8 +45,7 @@ CaptionsOf = Callable[[Sequence[NDArray[np.uint8]]], list[str]]
 CamerasOf = Callable[[NDArray[np.uint8], float, Array | None], tuple[Array, Array, float]]
 
 _THUMB, _STRETCH_S, _SHARP_S = 144, 0.5, 0.5  # thumbnails' short side; longest dull stretch kept; between two looks
-_HFOV_DEG = 60.0  # told to models that take no cameras
-_LOOKS, _AT_ONCE = 6, 4  # frames of a shot that a captioner sees; shots
+_HFOV_DEG, _LOOKS, _AT_ONCE = 60.0, 6, 4  # told to models without cameras; frames of a shot for a captioner; shots
 
 
 class FolderSource:
@@ -55,11 +54,11 @@ class FolderSource:
     licence: of the videos, for the manifest. cameras: "files", of sidecar files, held against the pictures; "estimate",
     by cameras_of; None: none, which suits models without cameras only (the clips say so). scale: metres of one unit of
     the poses; None: unknown. depth: folder of a `DepthModel` that brings estimates to metres. hfov_deg: horizontal
-    field of view, where pose files have no intrinsics or in place of an estimate. captioner: folder of a `Captioner`,
-    for `describe`. cuts: most cuts within a clip; 0 ends clips at shot boundaries. val_share: of the files, chosen by
-    name, held out whole. limits: the name of one of `filters.PRESETS`, or rules of `filters.LIMITS` set otherwise,
-    [low, high], or null for none. part: "i/n", the i-th of n jobs at one set: it scans every n-th file. Raises
-    ValueError for settings; what is wrong with one video leaves that video out.
+    field of view, where pose files have no intrinsics or in place of an estimate. captioner: a folder, for `describe`.
+    cuts: most cuts within a clip; 0 ends clips at shot boundaries. val_share: of the files, chosen by name, held out
+    whole. limits: one of `filters.PRESETS`, or rules of `filters.LIMITS` set otherwise, [low, high] or null. part:
+    "i/n", the i-th of n jobs at one set, which scans every n-th file. Raises ValueError for settings; what is wrong
+    with one video leaves that video out.
     """
 
     def __init__(self, folder: str, frames: int, size_hw: tuple[int, int], fps: float, licence: str = "not stated",
@@ -73,8 +72,11 @@ class FolderSource:
         self.cuts, self.val_share = cuts, val_share
         if part and not ((p := re.fullmatch(r"(\d+)/(\d+)", part)) and int(p[1]) < int(p[2])):
             raise ValueError(f"source.part={part}: must be i/n with i from 0 to n - 1, or null")
-        self._part = (int(p[1]), int(p[2])) if part else None
-        self.limits, self.clips_per_visit = limits_of(limits), clips_per_visit
+        self._part = (int(p[1]), int(p[2])) if part else (0, 1)
+        rules = PRESETS.get(limits, {limits: None}) if isinstance(limits, str) else limits or {}
+        self.limits, self.clips_per_visit = {**LIMITS, **{k: v and tuple(v) for k, v in rules.items()}}, clips_per_visit
+        if unknown := set(rules) - set(LIMITS):
+            raise ValueError(f"source.limits={min(unknown)}: rules: {', '.join(LIMITS)}; presets: {', '.join(PRESETS)}")
         self._cameras_of = cameras_of if depth is None else partial(cameras_of, depth_of=DepthModel(depth))
         if not Path(folder).is_dir():
             raise ValueError(f"source.folder={folder}: no such folder; give one that holds videos")
@@ -82,13 +84,11 @@ class FolderSource:
             raise ValueError(f"source.frames={frames}, source.size_hw={list(size_hw)}, source.fps={fps}, "
                              f"source.cuts={cuts}, source.val_share={val_share}: at least 1, 8 pixels, above 0, 0, and "
                              "a share between 0 and 1")
-        if cameras not in (None, "files", "estimate"):
-            raise ValueError(f"source.cameras={cameras}: must be files, estimate or null")
+        if cameras not in (None, "files", "estimate") or depth and (cameras != "estimate" or scale is not None):
+            raise ValueError(f"source.cameras={cameras}: must be files, estimate or null; with source.depth, estimate "
+                             "and source.scale=null")
         if cameras == "estimate" and cameras_of is estimate_cameras and importlib.util.find_spec("pycolmap") is None:
             raise ValueError("source.cameras=estimate wants pycolmap: pip install 'vgr[video]'")
-        if depth is not None and (cameras != "estimate" or scale is not None):
-            raise ValueError(f"source.depth={depth} goes with source.cameras=estimate and source.scale=null; got "
-                             f"{cameras} and {scale}")
         self.splits: dict[str, Any] = {"train": [], "val": []}
         self._plan: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         self._dropped: dict[str, list[dict[str, Any]]] = {}
@@ -104,17 +104,15 @@ class FolderSource:
         return sum((Path(self.folder) / rel).stat().st_size for rel in self._own(self._files()))
 
     def _own(self, files: Iterable[str]) -> list[str]:
-        first, step = self._part or (0, 1)
-        return list(files)[first::step]
+        return list(files)[self._part[0] :: self._part[1]]
 
     def _journal(self) -> Journal:
-        return Journal(self._cache, "scan", "-{}-of-{}".format(*self._part) if self._part else "")
+        return Journal(self._cache, "scan-{}-of-{}.jsonl".format(*self._part))
 
     def scan(self, cache: str | Path, workers: int = 1, progress: Callable[[int], None] = lambda more: None) -> int:
         """Finds the clips of both splits; returns how many files were new to `cache`, a folder.
 
-        Of several jobs each has to `scan`, and `describe`, before any knows all clips: `missing` tells. progress hears
-        of bytes, at first of those scanned before. Raises ValueError where nothing is left of a split.
+        progress hears of bytes, at first of those scanned before. Raises ValueError where nothing is left of a split.
         """
         self._cache = Path(cache)
         files, journal = self._files(), self._journal()
@@ -131,16 +129,14 @@ class FolderSource:
         return len(todo)
 
     def missing(self) -> int:
-        """Files, or groups of shots, that are left to other jobs."""
+        """Files, or groups of shots, that other jobs have yet to scan or describe before any knows all clips."""
         return self._missing
 
     def uncaptioned(self) -> list[tuple[str, list[tuple[dict[str, Any], dict[str, Any]]]]]:
         """Clips and shots that no file captions, few at a time, by the file that holds them."""
-        found = []
-        for rel, record in self._records.items():
-            mute = [(clip, shot) for clip in record["clips"] for shot in clip["shots"] if not shot["caption"]]
-            found += [(rel, mute[at : at + _AT_ONCE]) for at in range(0, len(mute), _AT_ONCE)]
-        return found
+        mute = [(rel, [(c, x) for c in r["clips"] for x in c["shots"] if not x["caption"]])
+                for rel, r in self._records.items()]
+        return [(rel, own[at : at + _AT_ONCE]) for rel, own in mute for at in range(0, len(own), _AT_ONCE)]
 
     def describe(self, captions_of: CaptionsOf, name: str, fingerprint: str,
                  progress: Callable[[int], None] = lambda more: None) -> None:
@@ -184,7 +180,7 @@ class FolderSource:
             self._dropped[split] = [{"file": rel, **x} for rel in own for x in records[rel]["dropped"]]
             text = json.dumps([[rel, records[rel]["clips"]] for rel in own])
             self.splits[split] = [f"{len(own)} files, plan {hashlib.sha256(text.encode()).hexdigest()[:16]}"]
-        if not self._plan["train"] and not self._part:
+        if not self._plan["train"] and self._part == (0, 1):
             told = [f"{rule} {len(x)}" for rule, x in self.left_out("train").items()]
             raise ValueError(f"source.folder={self.folder}: nothing to train on in {len(records)} files, {len(good)} "
                              f"with clips, of which one at least is held out; left out: {', '.join(told)}")
@@ -211,8 +207,7 @@ class FolderSource:
         c2w, k = self._cameras(path, plan, [x.index for x in shown], [x.time_s for x in shown], shown[0].size_hw)
         return Clip(
             frames=np.stack([x.rgb(self.size_hw) for x in shown]), c2w=c2w, intrinsics=k, fps=self.fps,
-            shots=plan["shots"],
-            metric_scale=self.cameras is not None and (self.scale is not None or self.depth is not None),
+            shots=plan["shots"], metric_scale=self.cameras is not None and (self.scale or self.depth) is not None,
             source={"name": "folder", "file": rel, "start_s": plan["start_s"], "cameras": self.cameras,
                     "figures": plan["figures"]},
         )

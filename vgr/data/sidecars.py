@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import math
 from collections.abc import Iterator
@@ -37,13 +38,9 @@ def poses_at(
 
 def sidecars(path: Path) -> list[Path]:
     """Files beside a video that have its name, other videos apart, and what a folder of its name holds of COLMAP's."""
-    beside = [p for p in path.parent.glob(f"{_escaped(path.stem)}.*") if p.suffix.lower() not in CONTAINERS]
+    beside = [p for p in path.parent.glob(f"{glob.escape(path.stem)}.*") if p.suffix.lower() not in CONTAINERS]
     inside = [path.with_suffix("") / name for name in ("cameras.txt", "images.txt")]
     return sorted(p for p in (*beside, *inside) if p.is_file())
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _is_cameras(path: Path) -> bool:

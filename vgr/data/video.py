@@ -109,15 +109,11 @@ def probe(video: str | Path | bytes) -> VideoInfo:
 
 
 class Shown:
-    """A decoded frame as it is to be shown: time in seconds and index in its file; `rgb` converts it.
+    """A decoded frame as it is to be shown: time in seconds and index in its file; `rgb` converts it, by scalers."""
 
-    scalers: by size, of all frames of a file, since each takes longer to set up than to scale a small picture.
-    """
-
-    def __init__(
-        self, frame: Any, time_s: float, index: int, aspect: Fraction | None, scalers: dict[tuple[int, int], Any]
-    ) -> None:
-        self.frame, self.time_s, self.index, self._scalers = frame, time_s, index, scalers
+    def __init__(self, frame: Any, time_s: float, index: int, aspect: Fraction | None, scalers: dict[Any, Any]) -> None:
+        self.frame, self.time_s, self.index = frame, time_s, index
+        self._scalers = scalers  # by size, for all frames of a file: setting one up takes longer than a small picture
         self.turns = round(frame.rotation / 90) % 4  # counter-clockwise quarters
         self.stretch = aspect if aspect and Fraction(1, 4) <= aspect <= 4 else Fraction(1)  # of a pixel's width
 
@@ -136,8 +132,7 @@ class Shown:
         cut_h, cut_w = size_hw or (height, width)
         if self.turns % 2:
             height, width = width, height
-        if (scaler := self._scalers.get((height, width))) is None:
-            scaler = self._scalers[height, width] = VideoReformatter()
+        scaler = self._scalers.setdefault((height, width), VideoReformatter())
         # Planes, which swscale makes in half the time of packed colours, bit for bit the same.
         planes = scaler.reformat(self.frame, width, height, "gbrp", self._colours(), interpolation=_careful()).planes
         g, b, r = (np.frombuffer(p, np.uint8).reshape(height, p.line_size)[:, :width] for p in planes)

@@ -50,6 +50,7 @@ def _split(folder: Path) -> dict[str, Any]:
             damaged.append(str(error))
     hours = float(np.mean([len(s.c2w) / s.fps for _, s in samples] or [0.0])) * len(shards) / 3600
     extra, trip = head["extra"], head.get("round_trip") or {}
+    by = sorted({x["captioned_by"] for _, s in samples for x in s.meta["shots"] if "captioned_by" in x})
     facts = {
         "Clips": f"{len(shards):,}; shards: {len(shards.counts)}",
         "Together": f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes",
@@ -62,7 +63,8 @@ def _split(folder: Path) -> dict[str, Any]:
         "Licence": head["licence"],
         "Source": ", ".join([extra.get("source", "not stated"), *map(str, extra.get("places", ())[:8])]),
         "Cameras": _cameras_fact([s for _, s in samples]),
-        "Captions": _captions_fact([s for _, s in samples]),
+        "Captions": f"in {sum(any(x['caption'] for x in s.meta['shots']) for _, s in samples)} of {len(samples)} clips"
+                    + "".join(f"; by {name} where no file has one" for name in by),
     }  # fmt: skip
     figures = _figures([s for _, s in samples])
     charts = {title: histogram(values, unit, title) for title, (unit, values) in figures.items()}
@@ -80,12 +82,6 @@ def _cameras_fact(samples: list[Sample]) -> str:
     kinds = {told.get(s.meta["source"].get("cameras", ""), "exact") for s in samples}
     metric = sum(bool(s.meta.get("metric_scale")) for s in samples)
     return f"{', '.join(sorted(map(str, kinds)))}; in metres in {metric} of {len(samples)} clips"
-
-
-def _captions_fact(samples: list[Sample]) -> str:
-    models = sorted({x["captioned_by"] for s in samples for x in s.meta["shots"] if "captioned_by" in x})
-    some = sum(any(x["caption"] for x in s.meta["shots"]) for s in samples)
-    return f"in {some} of {len(samples)} clips" + (f"; by {', '.join(models)} where no file has one" if models else "")
 
 
 def _figures(samples: list[Sample]) -> dict[str, tuple[str, list[float]]]:

@@ -82,15 +82,8 @@ def scan(source: FolderSource, out: Path, workers: int) -> None:
     from vgr.data.annotators import Captioner
 
     captions_of = None if source.captioner is None else Captioner(source.captioner)
-    with command.progress((source.bytes() >> 10) + 1, "scanned kB") as done:
-        rest = 0
-
-        def heard(more: int) -> None:
-            nonlocal rest
-            whole, rest = divmod(rest + more, 1 << 10)
-            done(whole)
-
-        source.scan(out / "scan", workers, heard)
+    with command.progress(len(source.files()), "scanned files") as done:
+        source.scan(out / "scan", workers, done)
     if captions_of:
         with command.progress(sum(len(shots) for _, shots in source.uncaptioned()), "captioned shots") as done:
             source.describe(captions_of, captions_of.folder.name, captions_of.fingerprint, done)

@@ -12,14 +12,17 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 from vgr.data.files import write_json
+from vgr.data.filters import LIMITS
 from vgr.data.folder import FolderSource
 from vgr.data.prepare import encode
-from vgr.data.video import at_rate, iter_frames, write_video
+from vgr.data.video import _careful, at_rate, iter_frames, write_video
 from vgr.models.codec import CosineCodec
 
 
@@ -34,11 +37,13 @@ def film(frames: int, height: int, width: int) -> np.ndarray:
     return np.stack([still[:, 3 * f : 3 * f + width] for f in range(frames)])
 
 
-def plain_pyav(path: Path) -> int:
+def plain_pyav(path: Path, careful: bool) -> int:
+    """careful: with the flags that give the same arrays as ours; without, quick ones that are a level or so darker."""
     import av
 
+    flags = {"interpolation": _careful()} if careful else {}
     with av.open(str(path)) as container:
-        return len([frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)])
+        return len([frame.to_ndarray(format="rgb24", **flags).shape for frame in container.decode(video=0)])
 
 
 def plain_opencv(path: Path, size_hw: tuple[int, int] | None) -> int:
@@ -53,24 +58,43 @@ def plain_opencv(path: Path, size_hw: tuple[int, int] | None) -> int:
     return count
 
 
-def best(work: Callable[[], int], repeats: int) -> dict[str, float]:
-    """Frames a second of the file: the best and the middle of so many tries."""
-    rates = []
+def in_turn(rows: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Of each row and turn, frames a second and milliseconds of processor time a frame, all threads together."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     for _ in range(repeats):
-        start = time.perf_counter()
-        count = work()
-        rates.append(count / (time.perf_counter() - start))
-    return {"best_frames_per_s": max(rates), "median_frames_per_s": float(np.median(rates))}
+        for name, work in rows.items():
+            start, used = time.perf_counter(), time.process_time()
+            count = work()
+            taken, used = time.perf_counter() - start, time.process_time() - used
+            found[name].append((count / taken, 1e3 * used / count))
+    return found
+
+
+def processes(folder: Path, path: Path, frames: int, files: int = 10) -> dict[str, float]:
+    """Frames a second of a scan of several files by one process and by two, once the first two files are done."""
+    rates = {}
+    for i in range(files):
+        (folder / f"{i}.mp4").symlink_to(path)
+    for workers in (1, 2):
+        heard = [0.0]
+        source = FolderSource(str(folder), 33, (96, 128), 15.0, val_share=0.3, limits=dict.fromkeys(LIMITS))
+        source.scan(folder / f"scan-{workers}", workers, lambda more, at=heard: at.append(time.perf_counter()))
+        rates[f"{workers}_frames_per_s"] = (files - 2) * frames / (heard[-1] - heard[3])
+    return rates
 
 
 def main() -> None:
+    import av
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--frames", type=int, default=240)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--beside", default="shared with other work", help="what else ran on the machine")
     args = parser.parse_args()
     size, fps, frames = (96, 128), 30.0, args.frames
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "many").mkdir()
         path = Path(folder) / "a.mp4"
         write_video(path, film(frames, 720, 1280), fps, crf=23)
         codec, clip = CosineCodec(stride=(4, 8, 8), luma=(4, 4), chroma=(2, 1)), np.zeros((4, 97, *size, 3), np.uint8)
@@ -88,24 +112,42 @@ def main() -> None:
                 x.rgb(size)
             return frames
 
+        same = next(x.rgb() for x in iter_frames(path))
+        with av.open(str(path)) as container:
+            theirs = next(container.decode(video=0)).to_ndarray(format="rgb24", interpolation=_careful())
         rows = {
-            "pyav_decode_to_rgb": lambda: plain_pyav(path),
-            "opencv_decode_to_rgb": lambda: plain_opencv(path, None),
+            "pyav_to_rgb_quick": lambda: plain_pyav(path, False),
+            "pyav_to_rgb_same": lambda: plain_pyav(path, True),
+            "ours_to_rgb": lambda: len([x.rgb().shape for x in iter_frames(path)]),
+            "opencv_to_rgb": lambda: plain_opencv(path, None),
             "opencv_decode_and_resize": lambda: plain_opencv(path, size),
-            "ours_decode_to_rgb": lambda: len([x.rgb().shape for x in iter_frames(path)]),
             "ours_decode_and_fit": lambda: len([x.rgb(size).shape for x in iter_frames(path)]),
             "ours_decode_fit_at_half_rate": resampled,
             "ours_scan_at_half_rate": scanned,
             "ours_encode_cosine": encoded,
         }
-        found = {name: best(work, args.repeats) for name, work in rows.items()}
+        found = in_turn(rows, args.repeats)
+        scans = processes(Path(folder) / "many", path, frames)
         file_bytes = path.stat().st_size
+    ratios = {
+        name: [(own / rate, used / mine) for (own, mine), (rate, used) in zip(found["ours_to_rgb"], found[name])]
+        for name in ("pyav_to_rgb_quick", "pyav_to_rgb_same", "opencv_to_rgb")
+    }
     result = {
         "file": {"frames": frames, "size_hw": [720, 1280], "fps": fps, "codec": "h264", "bytes": file_bytes},
-        "size_hw": size, "rows": found, "repeats": args.repeats,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, shared with other work",
+        "size_hw": size, "repeats": args.repeats, "same_arrays_as_pyav": bool((same == theirs).all()),
+        "rows": {name: {"best_frames_per_s": max(r for r, _ in each), "median_frames_per_s": median(r for r, _ in each),
+                        "least_cpu_ms_per_frame": min(ms for _, ms in each)} for name, each in found.items()},
+        **{
+            title: {name: {"median": median(x), "least": min(x), "most": max(x)}
+                    for name, both in ratios.items() for x in ([pair[i] for pair in both],)}
+            for i, title in enumerate(("ours_to_rgb_times_as_fast_as", "ours_to_rgb_times_as_thrifty_as"))
+        },
+        "scan_by_processes": scans,
+        "versions": {name: version(name) for name in ("av", "opencv-python-headless")},
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.beside}",
         "load": os.getloadavg(),
-    }
+    }  # fmt: skip
     print(json.dumps(result, indent=1))
     if args.out:
         write_json(args.out, result)

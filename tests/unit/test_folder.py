@@ -14,6 +14,7 @@ from vgr.data.filters import LIMITS, Meter, camera_figures, judge
 from vgr.data.folder import FolderSource
 from vgr.data.prepare import prepare_split
 from vgr.data.shards import Shards
+from vgr.data.sidecars import captions_of, captions_table, told
 from vgr.data.video import at_rate, encode_video, fitted, iter_frames, probe, read_video, write_video
 from vgr.data.worlds import Scene, free_flight
 from vgr.geometry.cameras import crop_intrinsics
@@ -518,6 +519,34 @@ def test_motion_is_vmafs_and_cuts_are_found_in_pieces():
         meter.add(image.clip(0, 255).astype(np.uint8))
     meter.done()
     assert meter.cuts == starts[1:] and meter.frames.shape == (800, 8)
+
+
+def test_broken_captions_end_in_clear_errors_only(tmp_path):
+    """Bytes put in, taken out and replaced in every form of captions: captions, or ValueError."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "a.mp4").write_bytes(b"")
+    whole = {"a.json": b'[{"start_s": 0, "end_s": 2.5, "caption": "one"}, {"start_s": 2.5, "caption": "two"}]',
+             "a.txt": "a r\u00f6om\n".encode(),
+             "captions.csv": b'file,caption,start_s,end_s\na.mp4,"a, b",0,2\n'}  # fmt: skip
+    tokens = b'nan,-1,1e999,null,{},",\0,\xff,\n,\r'.split(b",") + [b"9" * 400, b"9" * 5000, b"[" * 2000, b","]
+    told_of = errors = 0
+    for i in range(600):
+        name = list(whole)[i % 3]
+        data = bytearray(whole[name])
+        for _ in range(int(rng.integers(1, 4))):
+            at, length = int(rng.integers(len(data) + 1)), int(rng.geometric(0.2))
+            kind, token = int(rng.integers(3)), tokens[int(rng.integers(len(tokens)))]
+            data[at : at + length] = (rng.bytes(length), b"", token)[kind]
+        (tmp_path / name).write_bytes(data)
+        try:
+            found = captions_of(tmp_path / "a.mp4", list(captions_table(tmp_path / "captions.csv")))
+            assert isinstance(told(found, 0.0, 1.0), str)
+            told_of += 1
+        except ValueError as error:
+            assert str(error)
+            errors += 1
+        (tmp_path / name).unlink()
+    assert told_of > 100 and errors > 100
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ class DepthModel:
 
 def _checked(folder: str | Path, key: str, processor: str, network: str, releases: str) -> Path:
     path = Path(folder).resolve()
+    if find_spec("transformers") is None:
+        raise ValueError(f"{key} wants transformers: pip install 'vgr[hub]'")
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise ValueError(f"{key}={folder}: no local folder with config.json and *.safetensors; get for example "
                          f"{releases}: hf download <name> --local-dir <folder>")

@@ -99,9 +99,9 @@ class FolderSource:
         left_out = ("splits", "folder", "val_share", "licence", "captioner", "clips_per_visit")
         return {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in left_out}
 
-    def bytes(self) -> int:
-        """Of all videos that this job scans."""
-        return sum((Path(self.folder) / rel).stat().st_size for rel in self._own(self._files()))
+    def files(self) -> list[str]:
+        """Names of the videos that this job scans."""
+        return self._own(self._files())
 
     def _own(self, files: Iterable[str]) -> list[str]:
         return list(files)[self._part[0] :: self._part[1]]
@@ -112,17 +112,16 @@ class FolderSource:
     def scan(self, cache: str | Path, workers: int = 1, progress: Callable[[int], None] = lambda more: None) -> int:
         """Finds the clips of both splits; returns how many files were new to `cache`, a folder.
 
-        progress hears of bytes, at first of those scanned before. Raises ValueError where nothing is left of a split.
+        progress hears of files, at first of those scanned before. Raises ValueError where nothing is left of a split.
         """
         self._cache = Path(cache)
         files, journal = self._files(), self._journal()
         self._ids = {rel: self._id(rel, captions) for rel, captions in files.items()}
-        sizes = {rel: (Path(self.folder) / rel).stat().st_size for rel in self._own(files)}
-        todo = [rel for rel in sizes if self._ids[rel] not in journal.known]
-        progress(sum(sizes[rel] for rel in sizes if rel not in todo))
+        todo = [rel for rel in self._own(files) if self._ids[rel] not in journal.known]
+        progress(len(self._own(files)) - len(todo))
         for rel, found in zip(todo, in_order(self._scan, [(rel, files[rel]) for rel in todo], workers)):
             journal.add({"id": self._ids[rel], **found})
-            progress(sizes[rel])
+            progress(1)
         known = self._journal().known  # with what others have found meanwhile
         self._share_out({rel: known[self._ids[rel]] for rel in files if self._ids[rel] in known})
         self._missing = len(files) - len(self._records)

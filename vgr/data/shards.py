@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vgr.data.files import atomic, sync_folder, write_text
-from vgr.geometry.camera_file import read_npy
+from vgr.geometry.camera_file import read_npy, unpacked
 
 SCHEMA = 1
 _AGAIN = "remove that folder and run vgr-prepare again"
@@ -288,4 +288,5 @@ def _read_npz(data: bytes, limit: int = 1 << 30) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if sum(info.file_size for info in archive.infolist()) > limit:
             raise ValueError(f"an archive of more than {limit} bytes")
-        return {info.filename.removesuffix(".npy"): read_npy(archive.read(info)) for info in archive.infolist()}
+        names = [info.filename for info in archive.infolist()]
+        return {name.removesuffix(".npy"): read_npy(unpacked(archive, name)) for name in names}

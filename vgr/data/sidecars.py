@@ -90,7 +90,7 @@ def captions_of(path: Path, table: list[dict[str, Any]]) -> list[dict[str, Any]]
             {"caption": str(x["caption"]).strip(), "start_s": float(x.get("start_s") or 0),
              "end_s": float(x.get("end_s") or math.inf)} for x in entries
         ]  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path.name}: captions need the key `caption` and, of parts, start_s and end_s") from error
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -133,8 +134,10 @@ class Shown:
         if self.turns % 2:
             height, width = width, height
         scaler = self._scalers.setdefault((height, width), VideoReformatter())
+        threads = 1 if parent_process() else 0  # workers have a core each; 0: all cores
         # Planes, which swscale makes in half the time of packed colours, bit for bit the same.
-        planes = scaler.reformat(self.frame, width, height, "gbrp", self._colours(), interpolation=_careful()).planes
+        planes = scaler.reformat(self.frame, width, height, "gbrp", self._colours(), interpolation=_careful(),
+                                 threads=threads).planes
         g, b, r = (np.frombuffer(p, np.uint8).reshape(height, p.line_size)[:, :width] for p in planes)
         return np.ascontiguousarray(np.rot90(cv2.merge((r, g, b)), self.turns)[top : top + cut_h, left : left + cut_w])
 

@@ -90,9 +90,18 @@ def arrays(path: Path, wanted: set[str], dtype: type | None = None) -> dict[str,
             if sum(info.file_size for info in archive.infolist()) > MAX_BYTES:
                 raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
             there = wanted & {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-            return {name: np.asarray(read_npy(archive.read(f"{name}.npy")), dtype) for name in there}
+            return {name: np.asarray(read_npy(unpacked(archive, f"{name}.npy")), dtype) for name in there}
     except UNREADABLE as error:
         raise ValueError(f"{path}: no npz of cameras that can be read ({error})") from error
+
+
+def unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member of an archive, unpacked to no more bytes than its directory says, which `ZipFile.read` does not heed."""
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is packed by method {info.compress_type}; only stored and deflated can be taken")
+    with archive.open(info) as member:
+        return member.read(info.file_size)
 
 
 def read_npy(data: bytes) -> NDArray[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vgr.geometry import camera_file as files
 from vgr.geometry.camera_file import MAX_BYTES, UNREADABLE, Array, CameraFile, arrays, camera_file, normalised, text
 
 
@@ -49,7 +50,7 @@ def _clip(
 ) -> CameraFile:
     if archive.getinfo(f"{key}.json").file_size > MAX_BYTES:
         raise ValueError(f"{key}.json: more than {MAX_BYTES >> 20} MiB")
-    told, scale = json.loads(archive.read(f"{key}.json")), metres[key]
+    told, scale = json.loads(files.unpacked(archive, f"{key}.json")), metres[key]
     scale = float(scale["median"] if isinstance(scale, dict) else scale)
     if not (0 < scale < np.inf):
         raise ValueError(f"{key}: {scale} metres a unit")

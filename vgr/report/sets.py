@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vgr.geometry.camera_file import arrays
+
 from vgr.data.files import atomic, write_json
 
 Frames = NDArray[np.uint8]
@@ -58,8 +60,7 @@ class VideoSet:
         path = self.folder / f"{key}.cameras.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: np.asarray(file[name], np.float64) for name in ("c2w", "intrinsics") if name in file}
+        found = arrays(path, {"c2w", "intrinsics"}, np.float64)
         shapes = {name: x.shape for name, x in found.items()}
         length = len(found.get("c2w", ()))
         if shapes != {"c2w": (length, 4, 4), "intrinsics": (length, 4)} or length < frames:

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vgr.geometry.camera_file import arrays
-
 from vgr.data.files import atomic, write_json
+from vgr.geometry.camera_file import arrays
 
 Frames = NDArray[np.uint8]
 CRF = 14  # of the videos we write; stated in set.json

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,7 @@ class FolderSource:
 
     def files(self) -> list[str]:
         """Names of the videos that this job scans."""
-        return self._own(self._files())
-
-    def _own(self, files: Iterable[str]) -> list[str]:
-        return list(files)[self._part[0] :: self._part[1]]
+        return list(self._files())[self._part[0] :: self._part[1]]
 
     def _journal(self) -> Journal:
         return Journal(self._cache, "scan-{}-of-{}.jsonl".format(*self._part))
@@ -117,8 +114,8 @@ class FolderSource:
         self._cache = Path(cache)
         files, journal = self._files(), self._journal()
         self._ids = {rel: self._id(rel, captions) for rel, captions in files.items()}
-        todo = [rel for rel in self._own(files) if self._ids[rel] not in journal.known]
-        progress(len(self._own(files)) - len(todo))
+        todo = [rel for rel in self.files() if self._ids[rel] not in journal.known]
+        progress(len(self.files()) - len(todo))
         for rel, found in zip(todo, in_order(self._scan, [(rel, files[rel]) for rel in todo], workers)):
             journal.add({"id": self._ids[rel], **found})
             progress(1)
@@ -140,7 +137,7 @@ class FolderSource:
     def describe(self, captions_of: CaptionsOf, name: str, fingerprint: str,
                  progress: Callable[[int], None] = lambda more: None) -> None:
         """Captions, by a model called name, of shots that no file captions; kept in the cache for its fingerprint."""
-        journal, own = self._journal(), set(self._own(self._ids))
+        journal, own = self._journal(), set(self.files())
         for rel, group in self.uncaptioned():
             place = [self._ids[rel], fingerprint, group[0][0]["k"], group[0][1]["start"]]
             told = hashlib.sha256(json.dumps(place).encode()).hexdigest()

@@ -51,7 +51,7 @@ def body(cfg: DictConfig) -> None:
         scan(source, Path(cfg.out), workers)
         part = cfg.source.part and tuple(map(int, cfg.source.part.split("/")))
         if source.missing():
-            print(f"{cfg.out}: other parts have yet to scan; once all have, this command again writes its shards")
+            print(f"{cfg.out}: other parts have yet to scan or caption; once all have, this again writes its shards")
             return
     for split, clips in (("val", cfg.val_clips), ("train", cfg.train_clips)):
         folder = Path(cfg.out) / split

@@ -31,6 +31,7 @@ from vgr.generator import Generator
 from vgr.metrics.shots import recurrence_similarity
 from vgr.metrics.statistics import mean_interval
 from vgr.models.causal_video import CausalVideo
+from vgr.report import media
 from vgr.training.conditioning import conditioning
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "routed": {"window": 3, "routed": 5},
     "routed per step": {"window": 3, "routed": 5, "per_step": True},
 }
+SHOWN = 12  # stories of the sheet
 PAIRS = (("full", "window"), ("routed", "window"), ("routed", "sink"), ("full", "routed"))
 
 
@@ -75,8 +77,13 @@ def returned(generator: Generator, model: CausalVideo, batch: Any, shots: list[d
     return made
 
 
-def measure(run: str, stories: int, policies: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """By policy, for every story with a return: means over its returns, apart for those of the first shot."""
+def measure(
+    run: str, stories: int, policies: dict[str, dict[str, Any]], sheet: list[list[np.ndarray]]
+) -> dict[str, list[dict[str, float]]]:
+    """By policy, for every story with a return: means over its returns, apart for those of the first shot.
+
+    sheet gets a column a story, of its first return: first appearance and return in truth, then by policy.
+    """
     generator = Generator.load(run)
     shards = Shards(generator.data_info["val"])
     extra = shards.manifest["extra"]
@@ -92,9 +99,14 @@ def measure(run: str, stories: int, policies: dict[str, dict[str, Any]]) -> dict
         batch = collate([sample], [i]).to(generator.device)
         which = (extra["seed"], extra["split"], i)
         truth, masks = source.clip(*which).frames, source.masks(*which)
+        back = next(shot for shot in shots if shot["returns_from"] is not None)
+        first, at = ((shot["start"] + shot["end"]) // 2 for shot in (shots[back["returns_from"]], back))
+        sheet.append([truth[first], truth[at]])
         for name, model in models.items():
             latents = returned(generator, model, batch, shots, i)
-            found = recurrence_similarity(generator.decoded(generator.codec.decode, latents)[0], truth, masks, shots)
+            video = generator.decoded(generator.codec.decode, latents)[0]
+            sheet[-1].append(video[at])
+            found = recurrence_similarity(video, truth, masks, shots)
             away = [r for r in found if r.first > 0]
             rows[name].append({
                 "dE": float(np.mean([r.distance for r in found])),
@@ -110,8 +122,10 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=128)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--sheet", type=Path, help="a picture of twelve returns of the first run")
     args = parser.parse_args()
-    by_run = [measure(run, args.stories, {name: POLICIES[name] for name in args.policies}) for run in args.runs]
+    sheet: list[list[np.ndarray]] = []
+    by_run = [measure(run, args.stories, {name: POLICIES[name] for name in args.policies}, sheet) for run in args.runs]
     rows = {name: [row for found in by_run for row in found[name]] for name in args.policies}
     keys = list(rows[args.policies[0]][0])
     found: dict[str, Any] = {**environment(), "runs": args.runs, "policies": {}, "differences": {}}
@@ -130,6 +144,10 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.sheet:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        shown = [np.stack(row) for row in zip(*sheet[:SHOWN])]
+        args.sheet.write_bytes(media.png(media.sheet(shown, len(shown[0]))))
 
 
 if __name__ == "__main__":

@@ -219,6 +219,17 @@ def test_a_caption_of_the_whole_that_training_did_not_have_is_warned_of(chain, t
         assert code == 0 and len(told) == bool(warning) and all(line.endswith(warning) for line in told), err
 
 
+def test_how_attention_is_computed_is_no_part_of_a_run(chain):
+    """A finished run is found again under the other backend, which has nothing to train with on a CPU."""
+    folder, runs = chain
+    words = ("experiments=causal_video/multi_shot", "size=story_tiny", *SMALL, "model.attention_backend=flex")
+    again = train(folder, *words, "training.max_samples=8", "training.warmup_samples=2")
+    assert again.returncode == 0 and f"run folder {runs['multi_shot'].relative_to(folder)}," in again.stdout
+    done = train(folder, *words, "training.max_samples=8", "seed=7")
+    assert done.returncode == 2 and "attention_backend=flex has no backward pass on cpu" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 REFUSED = [
     (("multi_shot", "model.heads=5"), "must be an even number, got 24 / 5"),
     (("self_forcing", "model.heads=5"), "must be an even number, got 24 / 5"),

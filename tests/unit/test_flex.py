@@ -79,6 +79,7 @@ def test_outputs_and_gradients_are_those_of_chunk_by_chunk(backward_on_cpu, name
     found = []
     for backend in ("torch", "flex"):
         model = random_model(layers=2, **POLICIES[name], attention_backend=backend)
+        model.activation_checkpointing = layout == "unequal"
         out, _ = model(torch.cat([x, noisy], 2), torch.cat([0 * t, times], 1), cond.packed())
         found.append((out.detach(), *torch.autograd.grad(out[:, :, FRAMES:].square().sum(), list(model.parameters()))))
     for ours, theirs in zip(found[1], found[0]):

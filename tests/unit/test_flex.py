@@ -86,6 +86,17 @@ def test_outputs_and_gradients_are_those_of_chunk_by_chunk(backward_on_cpu, name
         close(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["full", "shot sink", "routed"])
+def test_chunks_that_read_each_other_as_they_are_too(name):
+    """Not packed: frames of one role, each chunk over those before it in the same call."""
+    x, _, t, cond = make_clips()
+    models = [random_model(**POLICIES[name], attention_backend=backend) for backend in ("torch", "flex")]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected, actual = (model(x, t, cond)[0] for model in models)
+    close(actual, expected)
+
+
 def test_the_mask_is_the_rule_written_out():
     """Window 2 with a sink of two frames and, in each sample, of its own shot's first: pair by pair of frames."""
     _, _, _, cond = make_clips()

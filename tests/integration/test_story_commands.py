@@ -204,7 +204,8 @@ def test_a_caption_of_the_whole_that_training_did_not_have_is_warned_of(chain, t
     """Or the other way round; not where both are alike."""
     folder, runs = chain
     write_shards(folder, "told", (2, 2), story="Rain.")
-    with_story = stage(folder, "multi_shot", "shards=told", "training.max_samples=2", "seed=5", name_of="seed5")
+    words = ("init_from=null", "shards=told", "training.max_samples=2", "seed=5")
+    with_story = stage(folder, "multi_shot", *words, name_of="seed5")
     (folder / "plain.yaml").write_text("- {prompt: a, seconds: 0.75}\n")
     (folder / "whole.yaml").write_text("{story: Rain., shots: [{prompt: a, seconds: 0.75}]}\n")
     expected = {
@@ -223,7 +224,8 @@ def test_how_attention_is_computed_is_no_part_of_a_run(chain):
     """A finished run is found again under the other backend, which has nothing to train with on a CPU."""
     folder, runs = chain
     words = ("experiments=causal_video/multi_shot", "size=story_tiny", *SMALL, "model.attention_backend=flex")
-    again = train(folder, *words, "training.max_samples=8", "training.warmup_samples=2")
+    words += ("training.warmup_samples=2", f"init_from={runs['base'].relative_to(folder)}")
+    again = train(folder, *words, "training.max_samples=8")
     assert again.returncode == 0 and f"run folder {runs['multi_shot'].relative_to(folder)}," in again.stdout
     done = train(folder, *words, "training.max_samples=8", "seed=7")
     assert done.returncode == 2 and "attention_backend=flex has no backward pass on cpu" in done.stderr

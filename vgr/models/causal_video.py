@@ -164,15 +164,9 @@ class CausalVideo(nn.Module):
 
     @in_own_precision
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Conditioning,
-        state: CausalVideoState | None = None,
-        *,
-        commit: bool = False,
-        shard: Shard | None = None,
-    ) -> tuple[Tensor, CausalVideoState | None]:
+        self, x: Tensor, t: Tensor, cond: Conditioning, state: CausalVideoState | None = None, *,
+        commit: bool = False, shard: Shard | None = None,
+    ) -> tuple[Tensor, CausalVideoState | None]:  # fmt: skip
         """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1].
 
         With a state the frames follow those committed; commit=True, the clean pass, adds them to what is returned,

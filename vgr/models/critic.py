@@ -22,8 +22,7 @@ class Judge(nn.Module):
     def __init__(self, width: int, layers: Sequence[int], inner: int = 256, heads: int = 4, registers: int = 1) -> None:
         super().__init__()
         if not layers or inner % heads:
-            told = f"judge.layers={list(layers)}, inner={inner}, heads={heads}"
-            raise ValueError(f"{told}: name at least one layer, and give an inner width that is a multiple of heads")
+            raise ValueError(f"judge.inner={inner} must be a multiple of heads={heads}, and layers={list(layers)} not empty")
         self.layers, self.heads = sorted(layers), heads
         self.registers = nn.Parameter(torch.randn(len(self.layers), registers, inner) / inner**0.5)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.layers)

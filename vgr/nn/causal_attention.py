@@ -8,17 +8,21 @@ clean frames before it and its own. Or the clean frames of the past come from a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgr.nn.flex import BlockMask, frame_attention, frame_mask
+from vgr.nn.flex import frame_attention, frame_mask
 from vgr.nn.memory import Frame, Gathered, KeyValues, MemoryPolicy, route, take
 from vgr.nn.norm import RMSNorm
 from vgr.nn.rope import rope_table, rotate
 from vgr.types import Layout, Shard
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,11 @@ def plan_call(
     position = layout.position
     if not policy.rotates_once:
         position = torch.arange(max(q.most + q.spans[0][1] - q.spans[0][0] for q in queries), device=device)
-    mask = None
-    if fused and len(queries) > 1:
-        seen = seen_frames(queries, inside[0], len(frames), policy.same_everywhere)
-        mask = frame_mask(seen.to(device), grid[0] * grid[1])
-    table = rope_table(position, *grid, head_dim)
-    return Call(tuple(queries), (inside[0], inside[-1] + 1), table, choices, mask)
+    call = Call(tuple(queries), (inside[0], inside[-1] + 1), rope_table(position, *grid, head_dim), choices)
+    if not fused or len(queries) == 1:
+        return call
+    seen = seen_frames(queries, inside[0], len(frames), policy.same_everywhere)
+    return replace(call, mask=frame_mask(seen.to(device), grid[0] * grid[1]))
 
 
 def seen_frames(queries: Sequence[Query], own: int, frames: int, together: bool) -> Tensor:

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+if TYPE_CHECKING:  # symbolic shapes come with it, which streaming need not import
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # tokens of a block, along queries and along keys
 
 
 def frame_mask(seen: Tensor, cells: int) -> BlockMask:
     """Tokens of query frame i read those of key frame j where seen (B,Tq,Tk) bool is true; `cells` tokens a frame."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     blocks = []
     for tokens in (frames * cells for frames in seen.shape[1:]):
         starts = torch.arange(0, tokens, BLOCK, device=seen.device)
@@ -39,26 +44,22 @@ def frame_mask(seen: Tensor, cells: int) -> BlockMask:
     def reads(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return seen[b, q // cells, k // cells]
 
-    lists = (*listed((count > 0) & ~full), *listed(full))
-    lengths = (seen.shape[1] * cells, seen.shape[2] * cells)
+    lists, lengths = (*listed((count > 0) & ~full), *listed(full)), (seen.shape[1] * cells, seen.shape[2] * cells)
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=reads, seq_lengths=lengths)
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+def _product(fused: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if fused else flex_attention
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """q (B,Tq,S,N,K), k and v (B,Tk,S,N,K) to q's shape; fused on a GPU, by all scores on a CPU.
-
-    ValueError on a CPU where there is a gradient to come.
-    """
+    """q (B,Tq,S,N,K), k and v (B,Tk,S,N,K) to q's shape; on a CPU by all scores, with ValueError for a gradient."""
     flat = [x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
     try:
-        out = (_compiled() if q.is_cuda else flex_attention)(*flat, block_mask=mask)
+        out = _product(q.is_cuda)(*flat, block_mask=mask)
     except NotImplementedError as error:
-        raise ValueError(
-            f"model.attention_backend=flex has no backward pass on {q.device}: train with attention_backend=torch"
-        ) from error
+        raise ValueError(f"model.attention_backend=flex has no backward pass on {q.device}: use torch") from error
     return out.transpose(1, 2).unflatten(1, q.shape[1:3])

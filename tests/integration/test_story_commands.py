@@ -194,7 +194,7 @@ def test_a_run_with_a_marker_and_captions_of_the_whole_is_sampled_with_them(chai
     for words, message in (
         (("multi_shot", "init_from=null", "training.cut_prefix=Cut"), "cuts are sampled as they are trained"),
         (("self_forcing", *told), "has sampling.cut_prefix='Cut'"),
-        (("self_forcing", *told, "sampling.cut_prefix=Cut", "training.judge.inner=30"), "a multiple of heads"),
+        (("self_forcing", *told, "sampling.cut_prefix=Cut", "training.judge.inner=30"), "a multiple of judge.heads=4"),
     ):
         done = train(folder, f"experiments=causal_video/{words[0]}", "size=story_tiny", *SMALL, *words[1:], "seed=4")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

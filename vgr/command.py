@@ -97,9 +97,10 @@ def run(config_name: str, body: Callable[[DictConfig], None]) -> None:
     guarded(hydra.main(config_path=str(root() / "conf"), config_name=config_name, version_base="1.3")(job))
 
 
-# Settings that decide how a run is carried out, not what comes out of it (micro_batch: up to rounding).
+# Settings that decide how a run is carried out, not what comes out of it (micro_batch, backends: up to rounding).
 NOT_RESULTS = (
     "trainer", "logger", "every", "keep", "runs", "resume", "hydra", "data.workers", "data.micro_batch",
+    "model.attention_backend", "model.scan_backend",
 )  # fmt: skip
 
 

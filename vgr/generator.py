@@ -37,6 +37,7 @@ class Generator:
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
         self.plan: str | None = None
+        self.tells_story: bool | None = record.get("story")  # None: a checkpoint that does not say
         self.refine: Callable[..., Iterator[Tensor]] | None = None  # latents on their way to the decoder
         # A student's times have its teacher's guidance trained in.
         self.takes_cameras = self.model.takes_cameras

@@ -81,6 +81,11 @@ def sample(cfg: DictConfig) -> None:
     image = cfg.first_frame or image
     first = None if image is None else read_first_frame(Path(image), generator.size_hw)
     check(shots, generator, Path(cfg.shots))
+    if generator.tells_story not in (None, bool(told)):
+        learnt, fix = "on captions of shots alone", "leave story out of"
+        if generator.tells_story:
+            learnt, fix = "with a caption of the whole before each shot's", "give a story in"
+        print(f"vgr-sample: warning: {generator.name} was trained {learnt}: {fix} {cfg.shots}", file=sys.stderr)
     out = Path(cfg.out or Path("runs/samples") / f"{Path(cfg.shots).stem}_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
     if generator.plan is not None:

@@ -48,11 +48,15 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     Raises ValueError or OSError, before a GPU is held, for settings, data and checkpoints that do not fit;
     FloatingPointError, naming the last good checkpoint, when loss or gradient stop being finite.
     """
+    import torch
+    from hydra.utils import instantiate
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
     from vgr.training import budget, checkpoints
 
     command.check_targets(cfg)
+    with torch.device("meta"):  # settings that cannot be are refused before weights are read
+        instantiate(cfg.model)
     settings = trainer_settings(cfg)
     if told := budget.of_training(cfg, settings):
         rank_zero_only(print)(told)
@@ -114,10 +118,7 @@ def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], checkpoint: 
 def build(
     cfg: DictConfig, initial: dict[str, Tensor] | None = None
 ) -> tuple[callbacks.Training, pl.LightningDataModule, Any]:
-    """Training module, data and codec of a configuration, checked against each other. Raises ValueError.
-
-    initial: what init_from holds, to start from.
-    """
+    """Training module, data and codec of a configuration, started from `initial`, checked. Raises ValueError."""
     import torch
     from hydra.utils import instantiate
 
@@ -227,10 +228,7 @@ def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] 
 
 
 def load_initial(parts: dict[str, Any], initial: dict[str, Tensor], surgery: Sequence[str]) -> None:
-    """Copy the parts that `initial` holds, the model converted to this stage's by `surgery`.
-
-    Raises ValueError where they do not fit.
-    """
+    """Copy the parts that `initial` holds, the model converted by `surgery`. ValueError where they do not fit."""
     from vgr.models import surgery as surgery_
     from vgr.training.rebuild import part_of
 
@@ -257,7 +255,8 @@ def prepare_run(
     from vgr.training import callbacks, checkpoints, tracking
 
     batches = data.val_batches(cfg.data.micro_batch)
-    generator = generator_record(cfg, config, module, codec, batches[0])
+    story = data.story and bool(data.val_shards.read(0).meta.get("story"))
+    generator = generator_record(cfg, config, module, codec, batches[0]) | {"story": story}
     state = {"samples_seen": 0, "time_s": 0.0} if checkpoint is None else checkpoints.read_state(checkpoint)
     module.samples_seen = state["samples_seen"]
     data.start_batch, data.total_batches = module.step, -(-module.max_samples // module.global_batch)

@@ -155,7 +155,8 @@ class VideoBatch:
     position: Tensor
 
     def to(self, device: torch.device | str) -> VideoBatch:
-        return _map_tensors(self, lambda x: x.to(device))
+        """All but positions, which seed CPU generators: there they cost no synchronisation."""
+        return dataclasses.replace(_map_tensors(self, lambda x: x.to(device)), position=self.position)
 
 
 class Denoiser(Protocol):

@@ -1,11 +1,15 @@
-"""A training step of the world model: seconds, share of the measured matmul peak, memory. Random weights and data.
+"""A training step: seconds, share of the measured matmul peak, memory. Random weights and data.
 
-    python -m benchmarks.speed.training_step --size 2b6 --frames 81 961       # one GPU, 704x1280, bf16
-    python -m benchmarks.speed.training_step --size tiny --frames 81          # CPU
+    python -m benchmarks.speed.training_step --size 2b6 --frames 81 961                  # one GPU, 704x1280, bf16
+    python -m benchmarks.speed.training_step --size 1b3 --frames 241 --attention flex    # packed, 480x832, one GPU
+    python -m benchmarks.speed.training_step --size tiny --frames 81                     # CPU
+    python -m benchmarks.speed.training_step --size causal_tiny --frames 41              # packed, CPU
 
-A step is forward, backward, clipping and AdamW on one clip, blocks recomputed in the backward pass. Useful work is 3
-times the forward pass' matrix products, convolutions and attention (recomputing is not counted); the peak is that of
-square bf16 products (fp32 on a CPU) measured in the same run. Writes JSON with device and versions to --out.
+A step is forward, backward, clipping and AdamW on one clip, blocks recomputed in the backward pass. The causal video
+model's is teacher forcing: every frame twice, as clean context and as noisy target, under full history. Useful work is
+3 times the forward pass' matrix products, convolutions and attention (recomputing and what a mask hides are not
+counted); the peak is that of square bf16 products (fp32 on a CPU) measured in the same run. Writes JSON with device and
+versions to --out.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.streaming import SIZES, condition
-from vgr.models.world_model import WorldModel
+from vgr.models.causal_video import CausalVideo
 
 
 def synchronise(device: str) -> float:
@@ -46,26 +50,32 @@ def matmul_peak(device: str) -> float:
 
 
 def measure(args: argparse.Namespace, frames: int, peak: float) -> dict[str, Any]:
-    arguments, (height, width), _ = SIZES[args.size]
-    latents = 1 + (frames - 1) // 8
+    size = SIZES[args.size]
+    latents, packed = 1 + (frames - 1) // size.stride, size.model is CausalVideo
     with torch.device(args.device):
         torch.manual_seed(0)
-        model = WorldModel(**arguments, activation_checkpointing=True, scan_backend=args.scan).train()
-        x = torch.randn(1, model.in_channels, latents, height, width)
+        backend = {"attention_backend": args.attention} if packed else {"scan_backend": args.scan}
+        model = size.model(**size.arguments, activation_checkpointing=True, **backend).train()
+        x = torch.randn(1, model.in_channels, (1 + packed) * latents, *size.grid)
+    cond, t = condition(size, latents, args.device), torch.full((1, latents), 0.5, device=args.device)
+    if packed:
+        cond, t = cond.packed(), torch.cat([0 * t, t], dim=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+    model.attention_backend = "torch"  # chunk by chunk nothing hidden is computed, so nothing hidden is counted
+    with torch.no_grad(), autocast, FlopCounterMode(display=False) as counter:
+        model(x, t, cond)
+    model.attention_backend = args.attention
     if args.compile:
         for block in model.blocks:
             block.compile()
-    cond = condition(args.size, latents, args.device)
-    t = torch.full((1, latents), 0.5, device=args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-    with torch.no_grad(), autocast, FlopCounterMode(display=False) as counter:
-        model(x, t, cond)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(args.repeats + 1):
         start = synchronise(args.device)
         with autocast:
-            loss = model(x, t, cond)[0].square().mean()
+            loss = model(x, t, cond)[0][:, :, -latents:].square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -73,8 +83,9 @@ def measure(args: argparse.Namespace, frames: int, peak: float) -> dict[str, Any
         seconds.append(synchronise(args.device) - start)
     step = statistics.median(seconds[1:])
     flops = 3 * counter.get_total_flops()
+    tokens = x.shape[2] * size.grid[0] * size.grid[1] // (4 if packed else 1)  # patches of 2x2
     row = {
-        "size": args.size, "raw_frames": frames, "tokens": latents * height * width, "scan": args.scan,
+        "size": args.size, "raw_frames": frames, "latent_frames": latents, "tokens": tokens, **backend,
         "compiled": args.compile, "parameters": sum(p.numel() for p in model.parameters()), "step_s": step,
         "step_s_min_max": [min(seconds[1:]), max(seconds[1:])], "tflop": flops / 1e12, "mfu": flops / step / peak,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
@@ -89,6 +100,7 @@ def main() -> None:
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--frames", type=int, nargs="+", default=[81])
     parser.add_argument("--scan", default="torch", choices=("torch", "triton"))
+    parser.add_argument("--attention", default="torch", choices=("torch", "flex"), help="of the causal video model")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)

@@ -50,7 +50,7 @@ def run(main, folder, *words):
     return code, out.getvalue(), err.getvalue()
 
 
-def write_shards(folder):
+def write_shards(folder, name="shards", clips=(12, 2), **told):
     from hydra.utils import instantiate
 
     from vgr.data.shards import ShardWriter
@@ -58,13 +58,13 @@ def write_shards(folder):
     words = ["experiments=causal_video/multi_shot", "size=story_tiny", *SMALL]
     codec = instantiate(command.compose("train", words).codec)
     shots = [{"start": 0, "end": 7, "caption": "Kim"}, {"start": 7, "end": FRAMES, "caption": "Bo"}]
-    meta = {"shots": shots, "source": {}, "metric_scale": True}
+    meta = {"shots": shots, "source": {}, "metric_scale": True, **told}
     c2w, intrinsics = np.tile(np.eye(4), (FRAMES, 1, 1)), np.tile([0.5, 0.5, 0.5, 0.5], (FRAMES, 1))
     rng = np.random.default_rng(0)
-    for split, clips in (("train", 12), ("val", 2)):
+    for split, count in zip(("train", "val"), clips):
         args = ("CosineCodec", codec.fingerprint, (2, 8, 8), 3, (32, 32), 8.0, "CC0")
-        with ShardWriter(folder / "shards" / split, *args) as writer:
-            for i in range(clips):
+        with ShardWriter(folder / name / split, *args) as writer:
+            for i in range(count):
                 latents = rng.normal(size=(3, 11, 4, 4)).astype(np.float16)
                 writer.add(f"{split}{i}", latents, c2w, intrinsics, {**meta, "split": split})
 
@@ -194,10 +194,61 @@ def test_a_run_with_a_marker_and_captions_of_the_whole_is_sampled_with_them(chai
     for words, message in (
         (("multi_shot", "init_from=null", "training.cut_prefix=Cut"), "cuts are sampled as they are trained"),
         (("self_forcing", *told), "has sampling.cut_prefix='Cut'"),
-        (("multi_shot", "init_from=null", "model.heads=7"), "must be an even number"),
+        (("self_forcing", *told, "sampling.cut_prefix=Cut", "training.judge.inner=30"), "a multiple of judge.heads=4"),
     ):
         done = train(folder, f"experiments=causal_video/{words[0]}", "size=story_tiny", *SMALL, *words[1:], "seed=4")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_caption_of_the_whole_that_training_did_not_have_is_warned_of(chain, tmp_path):
+    """Or the other way round; not where both are alike."""
+    folder, runs = chain
+    write_shards(folder, "told", (2, 2), story="Rain.")
+    words = ("init_from=null", "shards=told", "training.max_samples=2", "seed=5")
+    with_story = stage(folder, "multi_shot", *words, name_of="seed5")
+    (folder / "plain.yaml").write_text("- {prompt: a, seconds: 0.75}\n")
+    (folder / "whole.yaml").write_text("{story: Rain., shots: [{prompt: a, seconds: 0.75}]}\n")
+    expected = {
+        (runs["student"], "plain"): "", (with_story, "whole"): "",
+        (runs["student"], "whole"): "was trained on captions of shots alone: leave story out of whole.yaml",
+        (with_story, "plain"): "was trained with a caption of the whole before each shot's: give a story in plain.yaml",
+    }  # fmt: skip
+    for (run_dir, name), warning in expected.items():
+        words = (f"checkpoint={run_dir}", f"shots={name}.yaml", "device=cpu", "steps=1", f"out={tmp_path / 'made'}")
+        code, _, err = run(sample.main, folder, *words, "guidance=1.0")
+        told = [line for line in err.splitlines() if "warning" in line]
+        assert code == 0 and len(told) == bool(warning) and all(line.endswith(warning) for line in told), err
+
+
+def test_how_attention_is_computed_is_no_part_of_a_run(chain):
+    """A finished run is found again under the other backend, which has nothing to train with on a CPU."""
+    folder, runs = chain
+    words = ("experiments=causal_video/multi_shot", "size=story_tiny", *SMALL, "model.attention_backend=flex")
+    words += ("training.warmup_samples=2", f"init_from={runs['base'].relative_to(folder)}")
+    again = train(folder, *words, "training.max_samples=8")
+    assert again.returncode == 0 and f"run folder {runs['multi_shot'].relative_to(folder)}," in again.stdout
+    done = train(folder, *words, "training.max_samples=8", "seed=7")
+    assert done.returncode == 2 and "attention_backend=flex has no backward pass on cpu" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+REFUSED = [
+    (("multi_shot", "model.heads=5"), "must be an even number, got 24 / 5"),
+    (("self_forcing", "model.heads=5"), "must be an even number, got 24 / 5"),
+    (("multi_shot", "model.routed=2"), "model.window=null reads all history"),
+    (("multi_shot", "model.attention_backend=dense"), "model.attention_backend=dense: choose torch or flex"),
+    (("self_forcing", "model.window=1", "training.segment=1", "model.place=recomputed"), "use place=pinned or device"),
+]
+
+
+@pytest.mark.parametrize("words,message", REFUSED)
+def test_settings_that_cannot_be_are_refused_before_weights_are_read(chain, words, message):
+    folder, runs = chain
+    given = [f"init_from={runs['ode']}", *([f"teacher={runs['multi_shot']}"] if words[0] == "self_forcing" else [])]
+    with mock.patch.object(checkpoints, "read_weights", side_effect=AssertionError("weights were read")):
+        name = f"experiments=causal_video/{words[0]}"
+        done = train(folder, name, "size=story_tiny", *SMALL, *given, *words[1:], "seed=6")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def _hear(heard):

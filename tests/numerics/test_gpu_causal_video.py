@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.unit.test_causal_video import POLICIES, cached, close, make_clips, random_model
+from tests.unit.test_causal_video import FRAMES, POLICIES, cached, close, make_clips, random_model, story
+from vgr.models.causal_video import CausalVideo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +25,29 @@ def test_fp32_forms_equal_the_cpu(name):
     denoised, committed, _ = cached(model, x, noisy, t, cond)
     close(packed.cpu(), expected, 1e-4)
     close(torch.cat([committed, denoised], 2).cpu(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", POLICIES)
+def test_fused_packed_attention_equals_chunk_by_chunk(name, checkpointing):
+    """Compiled, over blocks that are hidden, whole and in part: 198 cells a frame; outputs and gradients."""
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(1)
+    x, noisy = torch.randn(2, 2, 4, FRAMES, 22, 36, device="cuda")
+    cond = story().to("cuda")
+    t = torch.rand(2, 1, device="cuda").expand(2, FRAMES)
+    found = []
+    for backend in ("torch", "flex"):
+        torch.manual_seed(0)
+        sizes = {"width": 96, "heads": 3, "layers": 2, "ffn_width": 96, "text_width": 10, "text_length": 9}
+        model = CausalVideo(4, **sizes, **POLICIES[name], attention_backend=backend).cuda().train()
+        model.activation_checkpointing = checkpointing
+        for p in model.parameters():
+            torch.nn.init.normal_(p, mean=0.0 if p.dim() > 1 else 0.4, std=0.15)
+        out, _ = model(torch.cat([x, noisy], 2), torch.cat([0 * t, t], 1), cond.packed())
+        found.append((out.detach(), *torch.autograd.grad(out[:, :, FRAMES:].square().sum(), list(model.parameters()))))
+    for ours, theirs in zip(*found):
+        close(ours, theirs, 1e-4)
 
 
 @torch.no_grad()

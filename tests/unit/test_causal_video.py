@@ -172,8 +172,15 @@ def test_a_planted_key_is_found():
             layers[layer] = dataclasses.replace(layers[layer], mean=mean)
             blocks = list(state.blocks)
             blocks[block] = dataclasses.replace(blocks[block], layers=tuple(layers))
-            _, planted = model(x[:, :, 37:], t, part, dataclasses.replace(state, blocks=tuple(blocks)))
+            v, planted = model(x[:, :, 37:], t, part, dataclasses.replace(state, blocks=tuple(blocks)))
             assert planted.choices[(layer, part.layout.chunk[0].item())].tolist() == [[old]]
+            for frame, read in ((inside, True), (inside - 1, False)):  # what is chosen is what is read
+                values = layers[layer].v.clone()
+                values[:, frame] += 1.0
+                layers_ = [*layers[:layer], dataclasses.replace(layers[layer], v=values), *layers[layer + 1 :]]
+                blocks[block] = dataclasses.replace(blocks[block], layers=tuple(layers_))
+                other, _ = model(x[:, :, 37:], t, part, dataclasses.replace(state, blocks=tuple(blocks)))
+                assert torch.equal(other, v) != read
     assert set(after.choices) == {(layer, 12) for layer in range(3)}
 
 
@@ -205,6 +212,26 @@ def test_positions_stay_in_the_trained_span():
             a, b = (0, 4) if chunk == 0 else (1 + 3 * chunk, 4 + 3 * chunk)
             _, state = model(x[:, :, : b - a], torch.zeros(1, b - a), cond.frames(a, b), state, commit=True)
     assert state.frames == frames and max(spans) == 17
+
+
+@pytest.mark.parametrize("name", ["window", "sink", "routed", "sink, absolute"])
+def test_a_rollout_past_1024_frames_goes_on_as_it_began(name):
+    """Under one picture again and again every chunk is the same once memory is full, at 17 times the trained 61 frames.
+
+    Not with absolute positions, where the sink lies ever farther back.
+    """
+    model, chunks = random_model(layers=2, **POLICIES[name]), 346
+    text = TextStates(torch.randn(1, 1, 4, 10), torch.ones(1, 1, 4, dtype=torch.bool))
+    cond = Conditioning(Layout.chunked(1, 1 + CHUNK * chunks, CHUNK), text)
+    x, state, made = torch.randn(1, 4, 1, 2, 4).expand(1, 4, 4, 2, 4), model.new_state(), []
+    with torch.no_grad():
+        for chunk in range(chunks):
+            a, b = (0, 4) if chunk == 0 else (1 + 3 * chunk, 4 + 3 * chunk)
+            v, state = model(x[:, :, : b - a], torch.zeros(1, b - a), cond.frames(a, b), state, commit=True)
+            made.append(v)
+    assert state.frames == 1039
+    same = [(v - made[20]).abs().max() <= 1e-4 * made[20].abs().max() for v in made[21:]]
+    assert all(same) if "absolute" not in name else not any(same[-40:])
 
 
 def test_against_the_masked_reference(clips):
@@ -318,6 +345,7 @@ BAD = {
     "model.place=disk": {"place": "disk"},
     "shot_sink does not go": {"window": 1, "shot_sink": 1, "routed": 1},
     "must be an even number": {"heads": 5},
+    "model.attention_backend=dense: choose torch or flex": {"attention_backend": "dense"},
 }
 
 

@@ -275,8 +275,8 @@ def test_health_says_what_grows():
     [
         ({"scores": "both"}, "choose bidirectional or causal"),
         ({"adversarial": 0.1}, "give both or none"),
-        ({"overlap": 3}, "give chunks and latent frames"),
-        ({"segment": 0}, "give chunks and latent frames"),
+        ({"overlap": 3}, "give chunks, latent frames"),
+        ({"segment": 0}, "give chunks, latent frames"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgr.models import causal_video_weights, weights
-from vgr.nn.causal_attention import Call, CausalAttention, PaddedCrossAttention, Query
+from vgr.nn.causal_attention import Call, CausalAttention, PaddedCrossAttention, plan_call
 from vgr.nn.embed import patches, pixels, sinusoid
 from vgr.nn.memory import CausalVideoState, Frame, Gathered, KeyValues, Made, MemoryPolicy, committed
 from vgr.nn.norm import modulated_norm
 from vgr.nn.precision import Linear32, in_own_precision
-from vgr.nn.rope import rope_table
 from vgr.types import Conditioning, Layout, Shard
 
 PATCH = 2
@@ -40,16 +39,9 @@ class Block(nn.Module):
         self.table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        text: Tensor,
-        runs: list[tuple[int, int, list[int]]],
-        call: Call,
-        past: list[KeyValues],
-        gathered: Gathered | None,
-        shard: Shard | None,
-    ) -> tuple[Tensor, KeyValues, Gathered]:
+        self, x: Tensor, modulation: Tensor, text: Tensor, runs: list[tuple[int, int, list[int]]], call: Call,
+        past: list[KeyValues], gathered: Gathered | None, shard: Shard | None,
+    ) -> tuple[Tensor, KeyValues, Gathered | None]:  # fmt: skip
         m = (modulation + self.table).unsqueeze(3)  # (B,T,6,1,D)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = m.unbind(2)
         mixed, own, gathered = self.attn(modulated_norm(x, shift_a, scale_a), call, past, gathered, shard)
@@ -66,8 +58,9 @@ class CausalVideo(nn.Module):
     in_channels: latent channels; width, heads, layers, ffn_width: the transformer, width/heads even; text_width: of
     the text encoder's states; text_length: places a text has, those beyond its tokens being zero vectors (2.2);
     window, sink, shot_sink, routed, relative, per_step, route_layer, place: what a chunk remembers, see
-    `vgr.nn.memory.MemoryPolicy` (CausalCine: window 3, routed 5); activation_checkpointing: recompute blocks in the
-    backward pass. Cameras in cond are not read: the model has no camera.
+    `vgr.nn.memory.MemoryPolicy` (CausalCine: window 3, routed 5); attention_backend: how calls of several chunks, which
+    are training's, attend: "torch", chunk by chunk, or "flex", all at once (`vgr.nn.flex`), for training on a GPU;
+    activation_checkpointing: recompute blocks in the backward pass. Cameras in cond are not read: the model has none.
     """
 
     takes_cameras = False
@@ -89,6 +82,7 @@ class CausalVideo(nn.Module):
         per_step: bool = False,
         route_layer: int | None = None,
         place: str = "device",
+        attention_backend: str = "torch",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -97,6 +91,9 @@ class CausalVideo(nn.Module):
         }
         if width % heads or (width // heads) % 2:
             raise ValueError(f"model.width / model.heads must be an even number, got {width} / {heads}")
+        if attention_backend not in ("torch", "flex"):
+            raise ValueError(f"model.attention_backend={attention_backend}: choose torch or flex")
+        self.attention_backend = attention_backend
         self.policy = MemoryPolicy(window, sink, shot_sink, routed, relative, per_step, route_layer, place)
         self.in_channels, self.heads, self.head_dim, self.text_length = in_channels, heads, width // heads, text_length
         self.activation_checkpointing = activation_checkpointing
@@ -167,15 +164,9 @@ class CausalVideo(nn.Module):
 
     @in_own_precision
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Conditioning,
-        state: CausalVideoState | None = None,
-        *,
-        commit: bool = False,
-        shard: Shard | None = None,
-    ) -> tuple[Tensor, CausalVideoState | None]:
+        self, x: Tensor, t: Tensor, cond: Conditioning, state: CausalVideoState | None = None, *,
+        commit: bool = False, shard: Shard | None = None,
+    ) -> tuple[Tensor, CausalVideoState | None]:  # fmt: skip
         """Velocity (B,C,T,H,W) for latents x (B,C,T,H,W) at times t (B,T) in [0, 1].
 
         With a state the frames follow those committed; commit=True, the clean pass, adds them to what is returned,
@@ -313,49 +304,14 @@ class CausalVideo(nn.Module):
         return frames
 
     def _call(
-        self,
-        frames: list[tuple[Frame, int]],
-        layout: Layout,
-        grid: tuple[int, int],
-        state: CausalVideoState | None,
-        commit: bool,
-        device: torch.device,
-    ) -> Call:
-        """What each chunk of the call reads. Clean frames come from the memory and the call's context or own frames."""
-        roles = {r for _, r in frames}
-        source = 1 if 1 in roles else 0
-        inside = [i for i, (_, r) in enumerate(frames) if r == source]
-        pool = [f for b in state.blocks for f in b.frames] if state is not None else []
-        pool += [frames[i][0] for i in inside]
-        spans: dict[int, list[tuple[int, int]]] = {}
-        for role in sorted(roles):
-            for chunk in sorted({f.chunk for f, r in frames if r == role}):
-                own = [i for i, (f, r) in enumerate(frames) if r == role and f.chunk == chunk]
-                spans.setdefault(chunk, []).append((own[0], own[-1] + 1))
-        queries = tuple(self._query(c, tuple(where), pool, frames, device) for c, where in spans.items())
-        if self.policy.rotates_once:
-            table = rope_table(layout.position, *grid, self.head_dim)
-        else:
-            sizes = [max(map(len, q.always)) + q.spans[0][1] - q.spans[0][0] for q in queries]
-            routed = [0 if q.choices is None else self.policy.routed for q in queries]
-            positions = torch.arange(max(map(sum, zip(sizes, routed))), device=device)
-            table = rope_table(positions, *grid, self.head_dim)
+        self, frames: list[tuple[Frame, int]], layout: Layout, grid: tuple[int, int], state: CausalVideoState | None,
+        commit: bool, device: torch.device,
+    ) -> Call:  # fmt: skip
         again = state is None or state.choices is None or (self._rechoose and not commit)
-        return Call(queries, (inside[0], inside[-1] + 1), table, {} if again else dict(state.choices))
-
-    def _query(
-        self,
-        chunk: int,
-        spans: tuple[tuple[int, int], ...],
-        pool: list[Frame],
-        frames: list[tuple[Frame, int]],
-        device: torch.device,
-    ) -> Query:
-        always, choices = self.policy.reads(pool, frames[spans[0][0]][0])
-        if not choices:
-            return Query(chunk, spans, always)
-        fixed, choices = (torch.tensor(x, dtype=torch.int64, device=device) for x in (always, choices))
-        return Query(chunk, spans, always, fixed, choices)
+        past = [] if state is None else [f for b in state.blocks for f in b.frames]
+        choices = {} if again else dict(state.choices)
+        fused = self.attention_backend == "flex" and state is None
+        return plan_call(frames, past, self.policy, layout, grid, self.head_dim, choices, device, fused)
 
     def _text(self, cond: Conditioning) -> Tensor:
         """Projected texts (B,S,J+1,D), the last one being what a padded place is projected to."""

@@ -22,7 +22,9 @@ class Judge(nn.Module):
     def __init__(self, width: int, layers: Sequence[int], inner: int = 256, heads: int = 4, registers: int = 1) -> None:
         super().__init__()
         if not layers or inner % heads:
-            raise ValueError(f"judge.layers={list(layers)}, inner={inner}, heads={heads}: name layers, divide by heads")
+            raise ValueError(
+                f"judge.inner={inner} must be a multiple of judge.heads={heads}, judge.layers={list(layers)} not empty"
+            )
         self.layers, self.heads = sorted(layers), heads
         self.registers = nn.Parameter(torch.randn(len(self.layers), registers, inner) / inner**0.5)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.layers)

@@ -7,17 +7,22 @@ clean frames before it and its own. Or the clean frames of the past come from a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgr.nn.memory import Gathered, KeyValues, MemoryPolicy, route, take
+from vgr.nn.flex import frame_attention, frame_mask
+from vgr.nn.memory import Frame, Gathered, KeyValues, MemoryPolicy, route, take
 from vgr.nn.norm import RMSNorm
-from vgr.nn.rope import rotate
-from vgr.types import Shard
+from vgr.nn.rope import rope_table, rotate
+from vgr.types import Layout, Shard
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,13 @@ class Query:
     """A chunk of a call: where its frames stand in the call, targets before their context twins, and what it reads.
 
     always: pool indices of each sample, ascending; fixed (B,n), choices (M,): the same and what routing chooses from,
-    on the device, where there is anything to choose.
+    on the device, where there is anything to choose; most: frames it reads at most, in any sample.
     """
 
     chunk: int
     spans: tuple[tuple[int, int], ...]
     always: list[list[int]]
+    most: int
     fixed: Tensor | None = None
     choices: Tensor | None = None
 
@@ -43,12 +49,65 @@ class Call:
     table: rotations (T,S,K/2), of the call's frames if the policy `rotates_once`, else of positions 0, 1, ...;
     choices: what routing chose, (layer, chunk) to pool indices (B,routed). It is filled as layers run, so that later
     steps of a chunk, its commit, its context twin and a recomputed backward pass read what its first step read.
+    mask: of all chunks in one fused product, see `seen_frames`; None: chunk by chunk.
     """
 
     queries: tuple[Query, ...]
     own: tuple[int, int]
     table: Tensor
     choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    mask: BlockMask | None = None
+
+
+def plan_call(
+    frames: list[tuple[Frame, int]], past: list[Frame], policy: MemoryPolicy, layout: Layout, grid: tuple[int, int],
+    head_dim: int, choices: dict[tuple[int, int], Tensor], device: torch.device, fused: bool,
+) -> Call:  # fmt: skip
+    """What each chunk of a call reads. Clean frames are those of the memory and the call's context or own frames.
+
+    frames: the call's, with roles; choices: what routing has chosen already; fused: several chunks get a mask.
+    """
+    roles = {r for _, r in frames}
+    inside = [i for i, (_, r) in enumerate(frames) if r == max(roles)]
+    pool = [*past, *(frames[i][0] for i in inside)]
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for role in sorted(roles):
+        for chunk in sorted({f.chunk for f, r in frames if r == role}):
+            own = [i for i, (f, r) in enumerate(frames) if r == role and f.chunk == chunk]
+            spans.setdefault(chunk, []).append((own[0], own[-1] + 1))
+    queries = []
+    for chunk, where in spans.items():
+        always, others = policy.reads(pool, frames[where[0][0]][0])
+        ready = [torch.tensor(x, dtype=torch.int64, device=device) for x in (always, others) if others]
+        queries.append(Query(chunk, tuple(where), always, max(map(len, always)) + bool(others) * policy.routed, *ready))
+    position = layout.position
+    if not policy.rotates_once:
+        position = torch.arange(max(q.most + q.spans[0][1] - q.spans[0][0] for q in queries), device=device)
+    call = Call(tuple(queries), (inside[0], inside[-1] + 1), rope_table(position, *grid, head_dim), choices)
+    if not fused or len(queries) == 1:
+        return call
+    seen = seen_frames(queries, inside[0], len(frames), policy.same_everywhere)
+    return replace(call, mask=frame_mask(seen.to(device), grid[0] * grid[1]))
+
+
+def seen_frames(queries: Sequence[Query], own: int, frames: int, together: bool) -> Tensor:
+    """Which keys each of the call's frames reads, (B,frames,keys) bool.
+
+    Keys are the call's frames, the clean ones from `own` on, if `together`: one rotation serves all chunks. Else, chunk
+    after chunk, they are what it has gathered and its own frames.
+    """
+    keys, at = frames + (0 if together else sum(query.most for query in queries)), 0
+    seen = torch.zeros(len(queries[0].always), frames, keys, dtype=torch.bool)
+    for query in queries:
+        first, at = at, at + query.most
+        count = query.most - max(map(len, query.always))  # routed, of every sample as many
+        for a, b in query.spans:
+            seen[:, a:b, slice(a, b) if together else slice(at, at + b - a)] = True
+            at += b - a
+            for row, always in zip(seen, query.always):
+                old = [own + i for i in always] if together else slice(first, first + len(always) + count)
+                row[a:b, old] = True
+    return seen
 
 
 class CausalAttention(nn.Module):
@@ -62,13 +121,9 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self,
-        x: Tensor,
-        call: Call,
-        past: Sequence[KeyValues] = (),
-        gathered: Gathered | None = None,
+        self, x: Tensor, call: Call, past: Sequence[KeyValues] = (), gathered: Gathered | None = None,
         shard: Shard | None = None,
-    ) -> tuple[Tensor, KeyValues, Gathered]:
+    ) -> tuple[Tensor, KeyValues, Gathered | None]:  # fmt: skip
         """x (B,T,S,D) to the same shape; keys and values of the call's clean frames; what its last chunk has read.
 
         past: this layer's of the memory; gathered: what an earlier call for the same only chunk has read. shard: x
@@ -86,17 +141,34 @@ class CausalAttention(nn.Module):
         if policy.rotates_once:
             q, k = self._turn(q, call.table).to(v.dtype), self._turn(k, call.table).to(v.dtype)
         own = KeyValues(k[:, a:b], v[:, a:b], mean)
-        pool = [*past, own]
-        parts: list[tuple[int, Tensor]] = []
+        chunks = self._chunks(q, k, v, query_means, [*past, own], call, gathered, shard)
+        if call.mask is None:
+            parts = []
+            for start, *chunk, gathered in chunks:
+                parts.append((start, self._attend(*chunk, gathered)))
+            out = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])], dim=1)
+        elif policy.same_everywhere:
+            out = frame_attention(q.to(v.dtype), k, v, call.mask)
+        else:
+            out = self._at_once(chunks, call.mask)
+        out = out if shard is None else heads_to_cells(out, shard)
+        return self.proj(out.flatten(3)), own, gathered
+
+    def _chunks(
+        self, q: Tensor, k: Tensor, v: Tensor, query_means: Sequence[Tensor], pool: Sequence[KeyValues], call: Call,
+        gathered: Gathered | None, shard: Shard | None,
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Gathered]]:  # fmt: skip
+        """First frame, queries, keys and values of each chunk at the positions it has, and what it has gathered."""
         for query, query_mean in zip(call.queries, query_means):
             if gathered is None or len(call.queries) > 1:
                 gathered = self._gather(query, query_mean, pool, call, shard)
-            for start, end in query.spans:
-                part = slice(start, end)
-                parts.append((start, self._attend(q[:, part], k[:, part], v[:, part], gathered, query, call)))
-        out = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])], dim=1)
-        out = out if shard is None else heads_to_cells(out, shard)
-        return self.proj(out.flatten(3)), own, gathered
+            for a, b in query.spans:
+                own_q, own_k = q[:, a:b], k[:, a:b]
+                if not self.policy.rotates_once:
+                    counts = [len(row) for row in query.always] if gathered[2] is not None else [gathered[0].shape[1]]
+                    table = torch.stack([call.table[n : n + b - a] for n in counts])
+                    own_q, own_k = self._turn(own_q, table), self._turn(own_k, table)
+                yield a, own_q.to(v.dtype), own_k.to(v.dtype), v[:, a:b], gathered
 
     @staticmethod
     def _turn(x: Tensor, table: Tensor) -> Tensor:
@@ -134,23 +206,33 @@ class CausalAttention(nn.Module):
         valid = torch.tensor([[i < len(row) for i in range(most)] for row in always], device=query_mean.device)
         return [row + [0] * (most - len(row)) for row in always], valid
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gathered: Gathered, query: Query, call: Call) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gathered: Gathered) -> Tensor:
         """Tokens of one chunk (B,L,S,N,K) over what it has gathered and themselves."""
         old_k, old_v, valid = gathered
         frames, cells = q.shape[1:3]
-        if not self.policy.rotates_once:
-            counts = [len(row) for row in query.always] if valid is not None else [old_k.shape[1]]
-            own = torch.stack([call.table[n : n + frames] for n in counts])
-            q, k = self._turn(q, own).to(v.dtype), self._turn(k, own).to(v.dtype)
         mask = None
         if valid is not None:
             seen = torch.cat([valid, valid.new_ones(len(valid), frames)], dim=1)
             mask = seen.repeat_interleave(cells, dim=1)[:, None, None]
         if old_k.shape[1]:
             k, v = torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)
-        q, k, v = (y.flatten(1, 2).transpose(1, 2) for y in (q.to(v.dtype), k, v))
+        q, k, v = (y.flatten(1, 2).transpose(1, 2) for y in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).unflatten(1, (frames, cells))
+
+    @staticmethod
+    def _at_once(chunks: Iterator[tuple[int, Tensor, Tensor, Tensor, Gathered]], mask: BlockMask) -> Tensor:
+        """All chunks in one product, over keys in the order of `seen_frames`."""
+        queries, keys, last = [], [], None
+        for start, q, *own, gathered in chunks:
+            if gathered is not last:  # a context twin reads what its target reads
+                keys.append(gathered[:2])
+            queries.append((start, q))
+            keys.append(own)
+            last = gathered
+        q = torch.cat([q for _, q in sorted(queries, key=lambda p: p[0])], dim=1)
+        k, v = (torch.cat(x, dim=1) for x in zip(*keys))
+        return frame_attention(q, k, v, mask)
 
 
 def cells_to_heads(x: Tensor, cells: int, shard: Shard) -> Tensor:

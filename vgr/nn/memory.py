@@ -63,6 +63,11 @@ class MemoryPolicy:
         return not self.relative or not (self.sink or self.shot_sink or self.routed)
 
     @property
+    def same_everywhere(self) -> bool:
+        """Keys as they are rotated once serve all chunks of a call, which read the same frames in every layer."""
+        return self.rotates_once and not self.routed
+
+    @property
     def makes_all_again(self) -> bool:
         """Nothing of the past is kept but latents, not even what a chunk has read: its every call reads anew."""
         return self.place == "recomputed" and self.window is None

@@ -95,6 +95,11 @@ def of_training(cfg: DictConfig, settings: Mapping[str, Any]) -> str | None:
     if not (targets[0].endswith(".CausalVideo") and targets[1].endswith(".SelfForcing")):
         return None
     config = {k: v for k, v in OmegaConf.to_container(cfg.model, resolve=True).items() if k != "_target_"}
+    if (segment := cfg.training.get("segment")) is not None and config.get("place") == "recomputed":
+        raise ValueError(
+            f"model.place=recomputed makes old commits again with the weights of now, and training.segment={segment} "
+            "changes them within a sequence: the memory would not be what was committed; use place=pinned or device"
+        )
     sample = Shards(cfg.data.val).read(0)
     frames, *grid = sample.latents.shape[1:]
     if cfg.data.get("frames") is not None:

@@ -29,8 +29,9 @@ from vgr.diffusion.rollout import Exit, self_forced
 from vgr.diffusion.samplers import chunk_bounds, frame_noise
 from vgr.distillation.dmd import discriminator_loss, matching_loss, score_times
 from vgr.seeding import derive_seed, normal_like, torch_generator
-from vgr.training import health, optim, validation
+from vgr.training import health, optim
 from vgr.training.conditioning import conditioning
+from vgr.training.validation import validate_average
 from vgr.types import Codec, Conditioning, Denoiser, VideoBatch
 
 
@@ -114,17 +115,14 @@ class SelfForcing(pl.LightningModule):
         if (judge is None) != (adversarial == 0):
             raise ValueError(f"training.adversarial={adversarial} and training.judge go together: give both or none")
         if overlap < 0 or (segment is None and overlap) or (segment is not None and segment < 1):
-            raise ValueError(
-                f"training.segment={segment}, overlap={overlap}: give chunks and latent frames, or null, 0"
-            )
+            raise ValueError(f"training.segment={segment}, overlap={overlap}: give chunks, latent frames, or null, 0")
         self.automatic_optimization = False
         self.model, self.text, self.critic = model, text.requires_grad_(False), copy.deepcopy(teacher["model"])
         self.critic.requires_grad_(True)
         self.critic.activation_checkpointing = model.activation_checkpointing  # a rebuilt teacher has none
         self.judge, self.adversarial = judge, adversarial
         self.teacher = nn.ModuleDict(teacher).requires_grad_(False)
-        average = {"model": copy.deepcopy(model), "text": text}
-        self.ema = nn.ModuleDict(average).requires_grad_(False)
+        self.ema = nn.ModuleDict({"model": copy.deepcopy(model), "text": text}).requires_grad_(False)
         self.chunk, self.stride, self.cut_prefix = chunk, codec.stride[0], cut_prefix
         self.sigmas = torch.tensor(list(sigmas), dtype=torch.float64)
         self.seed, self.global_batch, self.max_samples = seed, global_batch, max_samples
@@ -133,18 +131,16 @@ class SelfForcing(pl.LightningModule):
         self.guidance, self.negative, self.score_shift = guidance, negative, score_shift
         self.packed, self.image, self.segment, self.overlap = scores == "causal", image, segment, overlap
         self.ema_half_life, self.validation_levels = ema_half_life, tuple(validation_levels)
-        self.samples_seen = 0
+        self.samples_seen = self._micro_batches = 0
         self.last_step: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 0
+
+    validate = validate_average
 
     @property
     def step(self) -> int:
         """Steps since the run began, over all restarts."""
         return self.samples_seen // self.global_batch
-
-    def transfer_batch_to_device(self, batch: VideoBatch, device: torch.device, dataloader_idx: int) -> VideoBatch:
-        return dataclasses.replace(batch.to(device), position=batch.position)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [optim.adamw(m, rate, *self.adam) for m, rate in zip((self.model, self._follower()), self.rates)]
@@ -341,14 +337,6 @@ class SelfForcing(pl.LightningModule):
             decay = optim.ema_decay(seen, span, self.ema_half_life)
             optim.ema_update(self.ema["model"].parameters(), self.model.parameters(), decay)
         self.last_step = {**(self.last_step if segment.index else {}), **values}
-
-    def validate(self, batches: Sequence[VideoBatch]) -> validation.Validation:
-        """The averaged student's velocities on held-out clips."""
-        self.ema.eval()
-        return validation.validate(
-            self.ema["model"], self.ema["text"], batches, self.validation_levels, seed=self.seed, stride=self.stride,
-            chunk=self.chunk, device=self.device, packed=self.packed, cut_prefix=self.cut_prefix,
-        )  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:
         """Student, its text encoder, critic and judge by name, as live references."""

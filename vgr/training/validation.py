@@ -96,6 +96,16 @@ def validate(
     return Validation(keys, tuple(levels), torch.cat(own), torch.cat(shuffled) if shuffled else None)
 
 
+def validate_average(module: Any, batches: Sequence[VideoBatch]) -> Validation:
+    """`validate` of a training module's averaged weights, as it trains them."""
+    module.ema.eval()
+    return validate(
+        module.ema["model"], module.ema["text"], batches, module.validation_levels, seed=module.seed,
+        stride=module.stride, chunk=module.chunk, device=module.device, packed=module.packed,
+        cut_prefix=module.cut_prefix,
+    )  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class PairValidation(Validation):
     """Losses of N held-out pairs, and root mean square distances to true latents behind the sink.

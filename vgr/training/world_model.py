@@ -7,7 +7,6 @@ count, micro-batch size or restart.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -22,8 +21,9 @@ from vgr.diffusion import flow
 from vgr.diffusion.guidance import guided, teacher_forced
 from vgr.diffusion.objectives import Noised
 from vgr.seeding import derive_seed
-from vgr.training import optim, validation
+from vgr.training import optim
 from vgr.training.conditioning import conditioning, dropped
+from vgr.training.validation import validate_average
 from vgr.types import Codec, Conditioning, Denoiser, VideoBatch
 
 
@@ -95,14 +95,12 @@ class WorldModelTraining(pl.LightningModule):
         self.last_step: dict[str, float] = {}
         self._pending: list[tuple[VideoBatch, Tensor]] = []
 
+    validate = validate_average
+
     @property
     def step(self) -> int:
         """Optimizer steps since the run began, over all restarts."""
         return self.samples_seen // self.global_batch
-
-    def transfer_batch_to_device(self, batch: VideoBatch, device: torch.device, dataloader_idx: int) -> VideoBatch:
-        # Positions seed CPU generators: kept on the CPU they cost no synchronisation.
-        return dataclasses.replace(batch.to(device), position=batch.position)
 
     def _sample_losses(self, batch: VideoBatch) -> Tensor:
         """Loss of each clip (B,) after text and camera dropout, in fp32."""
@@ -206,14 +204,6 @@ class WorldModelTraining(pl.LightningModule):
         with torch.no_grad(), self.trainer.precision_plugin.forward_context(), register_module_forward_hook(watch):
             self._sample_losses(batch)
         return f"the output of `{found[0]}`" if found else "the loss"
-
-    def validate(self, batches: Sequence[VideoBatch]) -> validation.Validation:
-        """The averaged weights on held-out clips."""
-        self.ema.eval()
-        return validation.validate(
-            self.ema["model"], self.ema["text"], batches, self.validation_levels, seed=self.seed, stride=self.stride,
-            chunk=self.chunk, device=self.device, packed=self.packed, cut_prefix=self.cut_prefix,
-        )  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:
         """Trained tensors by name, `model.*` and `text.*`, as live references."""

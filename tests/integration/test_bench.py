@@ -15,7 +15,7 @@ from vgr import bench as bench_
 from vgr.data.video import encode_video, read_video
 from vgr.metrics.image import psnr
 from vgr.models.codec import CosineCodec
-from vgr.report import measure, results
+from vgr.report import poses, results
 from vgr.report.sets import open_set
 
 FRAMES, FPS, H, W, FX = 25, 8.0, 32, 48, 0.8
@@ -78,7 +78,7 @@ class Turner:
         self.weights_hash, self.dies_at, self.made = weights_hash, dies_at, []
         self.codec = CosineCodec(stride=(4, 4, 4), luma=(2, 1), chroma=(1,))
 
-    def __call__(self, first_BHWC, cameras, captions, seeds, progress=None, shot=None):
+    def __call__(self, first_BHWC, cameras, captions, seeds, progress=None, watch=None, shot=None):
         if self.dies_at is not None and len(self.made) >= self.dies_at:
             raise KeyboardInterrupt
         assert cameras.c2w.shape[:2] == (len(first_BHWC), FRAMES) == (len(captions), FRAMES) and len(seeds) == len(
@@ -92,8 +92,11 @@ class Turner:
             moved = [cv2.warpAffine(first, steps[0] + np.float32([[0, 0, -y * FX * W], [0, 0, 0]]), (W, H),
                                     borderMode=cv2.BORDER_REFLECT) for y in steps[1]]  # fmt: skip
             videos.append((np.stack(moved) * fade).astype(np.uint8))
+        videos = np.stack(videos)
+        for start, end in ((0, 1), (1, 9), (9, 17), (17, FRAMES)) if watch is not None else ():
+            watch(videos[:, start:end])
         timing = {"first_frame_s": 1e-6, "total_s": 3e-6, "denoise_s": 2e-6, "decode_s": 1e-6, "frames": FRAMES}
-        return np.stack(videos), timing
+        return videos, timing
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def shift_estimator(video, paths):
 @pytest.fixture(autouse=True, scope="module")
 def estimator():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "pose_values", shift_estimator)
+        patch.setattr(poses, "pose_values", shift_estimator)
         yield
 
 
@@ -168,7 +171,7 @@ def test_the_estimator_is_checked_and_the_model_beats_its_controls(finished):
 
 
 def test_an_estimator_that_cannot_tell_gives_no_number(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "pose_values", lambda v, p: [{"rot_step_imputed_deg": float(v.mean())}] * len(p))
+    monkeypatch.setattr(poses, "pose_values", lambda v, p: [{"rot_step_imputed_deg": float(v.mean())}] * len(p))
     bench_.bench(PROTOCOL, tmp_path, generator=Turner(), shards=world)
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["checks"]["pose"]["rot_step_imputed_deg"]["passed"] is False

@@ -1,81 +1,258 @@
 """Coherence drift without weights: how statistics of a video move with time (benchmarks spec, section 5).
 
-A statistic is measured per frame (or per pair of frames), averaged over windows of equal length, and its
-Theil-Sen slope over the windows' centres is the video's trend in units a second. A video drifts only as far
-as its trend exceeds that of the true video of the same clip.
+A statistic is measured per frame (or per pair of frames), averaged over windows of equal length, and the Theil-Sen
+slope over the windows' centres is the video's trend in units a second. A video drifts only as far as its trend exceeds
+that of the true video of the same clip. Windows and pairs of frames never cross a cut. Frames come one by one, so
+memory does not grow with the video.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from vgr.metrics.image import mean_ssim
 from vgr.metrics.statistics import Interval
 
 Array = NDArray[np.float64]
+Series = dict[str, tuple[Array, Array]]  # name -> times in seconds, values
 
-UNITS = {"lightness": "L*", "chroma": "C*", "contrast": "L*", "sharpness": "ln", "motion": "diagonals/s"}
+PRIMARY = {"lightness": "L*", "chroma": "C*", "contrast": "L*", "sharpness": "ln", "motion": "diagonals/s"}
+UNITS = PRIMARY | {
+    "red_green": "a*", "yellow_blue": "b*", "clipped": "share", "detail": "share", "noise": "levels",
+    "steadiness": "1 − range", "structure": "SSIM", "matches": "share",
+}  # fmt: skip
+SIDE = 512  # longer side at which all but clipping, noise and steadiness are measured; smaller videos as they are
+ENDS = 0.15  # share of a shot at either end that start and end are
+FAILED = 2  # windows in a row outside the true videos' band
+_NOISE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 
 
 class Drift(NamedTuple):
-    """Of one video, by statistic: slope a second, mean level, windows' means; and the windows' centres in seconds."""
+    """Of one video, by statistic: slope a second, mean level, end minus start, windows' means; their centres in
+    seconds; and the mean absolute change of each step between frames in grey levels, NaN across cuts, (F-1,)."""
 
     slope: dict[str, float]
     level: dict[str, float]
+    start_end: dict[str, float]
     times_J: Array
     curve: dict[str, Array]
+    steps: Array
 
 
-def measure_drift(frames_FHW3: NDArray[np.uint8], fps: float, window_s: float = 1.0) -> Drift:
-    """Trends of one video, uint8 (F,H,W,3), frames copied from the input left out by the caller.
+def measure_drift(
+    frames_FHW3: Iterable[NDArray[np.uint8]], fps: float, window_s: float = 1.0, cuts: Sequence[int] = ()
+) -> Drift:
+    """Trends of one video, uint8 (H,W,3) each; frames copied from the input left out by the caller.
 
-    Raises ValueError when fewer than three windows fit.
+    cuts: first frames of new shots. Slopes are medians over pairs of windows of one shot: with no cut, Theil-Sen's.
+    Raises ValueError when no shot holds three windows.
     """
-    from scipy import stats
-
-    duration = len(frames_FHW3) / fps
-    count = int(duration / window_s + 1e-6)
-    if count < 3:
+    series, steps = frame_statistics(frames_FHW3, fps, window_s, cuts)
+    count = len(steps) + 1
+    edges_S = np.array([0, *cuts, count]) / fps
+    shots = [e for a, b in zip(edges_S, edges_S[1:]) if (e := _edges(a, b, window_s)) is not None]
+    if max((len(e) for e in shots), default=0) < 4:
         raise ValueError(
-            f"drift: {len(frames_FHW3)} frames at {fps:g} a second hold {count} windows of {window_s:g} s; "
-            "a trend needs 3, choose a shorter drift.window_s or longer videos"
+            f"drift: no shot of {count} frames at {fps:g} a second with {len(cuts)} cuts holds 3 windows of "
+            f"{window_s:g} s, which a trend needs; choose a shorter drift.window_s or longer videos"
         )
-    # Centred, so that a reversed video has the same windows in reverse order.
-    edges = (duration - count * window_s) / 2 + window_s * np.arange(count + 1)
-    centres = (edges[1:] + edges[:-1]) / 2
-    slope, level, curve = {}, {}, {}
-    for name, (times, values) in frame_statistics(frames_FHW3, fps).items():
-        index = np.digitize(times, edges) - 1
-        index[np.abs(times[:, None] - edges).min(1) < 1e-6] = -1  # on an edge: in neither window, or time has a side
-        curve[name] = np.array([values[index == j].mean() for j in range(count)])
-        slope[name], level[name] = float(stats.theilslopes(curve[name], centres)[0]), float(values.mean())
-    return Drift(slope, level, centres, curve)
+    centres = np.concatenate([(e[1:] + e[:-1]) / 2 for e in shots])
+    shot = np.repeat(np.arange(len(shots)), [len(e) - 1 for e in shots])
+    first, second = np.nonzero(np.triu(shot[:, None] == shot, 1))
+    slope, level, start_end, curve = {}, {}, {}, {}
+    for name, (times, values) in series.items():
+        curve[name] = np.concatenate([_window_means(times, values, e) for e in shots])
+        rises = (curve[name][second] - curve[name][first]) / (centres[second] - centres[first])
+        rises, known = rises[np.isfinite(rises)], values[np.isfinite(values)]
+        slope[name] = float(np.median(rises)) if rises.size else np.nan
+        level[name] = float(known.mean()) if known.size else np.nan
+        ends = np.array([_start_end(times, values, a, b) for a, b in zip(edges_S, edges_S[1:])])
+        weight = np.diff(edges_S) * np.isfinite(ends)
+        start_end[name] = float((weight * np.nan_to_num(ends)).sum() / weight.sum()) if weight.any() else np.nan
+    return Drift(slope, level, start_end, centres, curve, steps)
 
 
-def frame_statistics(frames_FHW3: NDArray[np.uint8], fps: float) -> dict[str, tuple[Array, Array]]:
-    """Name -> (times in seconds, values): at frame centres, or between two frames for motion.
+def _edges(start: float, end: float, window_s: float) -> Array | None:
+    """Edges of the windows of a shot; centred, so that a reversed video has the same windows in reverse order."""
+    count = int((end - start) / window_s + 1e-6)
+    return (start + end - count * window_s) / 2 + window_s * np.arange(count + 1) if count else None
 
-    lightness, contrast (mean and sd of CIE L*), chroma (mean C*), sharpness (ln of the variance of the
-    Laplacian of L*), motion (median optical flow in image diagonals a second).
+
+def _window_means(times: Array, values: Array, edges: Array) -> Array:
+    index = np.digitize(times, edges) - 1
+    index[np.abs(times[:, None] - edges).min(1) < 1e-6] = -1  # on an edge: in neither window, or time has a side
+    picked = [values[index == j] for j in range(len(edges) - 1)]
+    return np.array([x.mean() if len(x) else np.nan for x in picked])
+
+
+def _start_end(times: Array, values: Array, start: float, end: float) -> float:
+    inside, reach = (times >= start) & (times <= end), ENDS * (end - start) + 1e-9
+    first, last = values[inside & (times <= start + reach)], values[inside & (times >= end - reach)]
+    return float(last.mean() - first.mean()) if len(first) and len(last) else np.nan
+
+
+def frame_statistics(
+    frames_FHW3: Iterable[NDArray[np.uint8]], fps: float, window_s: float = 1.0, cuts: Sequence[int] = ()
+) -> tuple[Series, Array]:
+    """Every statistic of UNITS, at frame centres or between two frames, and the steps of `Drift`.
+
+    lightness, red_green, yellow_blue, contrast (means and sd of CIE L*, a*, b*), chroma (mean C*); clipped (share of
+    values below 2 or above 253); sharpness (ln of the variance of the Laplacian of L*), detail (share of L*'s variance
+    beyond a quarter of a cycle a pixel), noise (Immerkaer's sd in grey levels); motion (median optical flow in
+    image diagonals a second), steadiness (1 - mean absolute change / 255); against the shot's first frame structure
+    (SSIM of grey pictures) and, once a window, matches (share of its SIFT features found again where one homography
+    puts them).
     """
     import cv2
 
-    lab = np.stack([cv2.cvtColor(f.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for f in frames_FHW3])
-    light = np.ascontiguousarray(lab[..., 0])
-    laplace = np.array([cv2.Laplacian(x, cv2.CV_32F, ksize=1).var(dtype=np.float64) for x in light])
-    grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames_FHW3]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    steps = [np.median(np.linalg.norm(flow.calc(a, b, None), axis=-1)) for a, b in zip(grey, grey[1:])]
-    centres = (np.arange(len(light)) + 0.5) / fps
-    return {
-        "lightness": (centres, light.mean((1, 2), dtype=np.float64)),
-        "chroma": (centres, np.hypot(lab[..., 1], lab[..., 2]).mean((1, 2), dtype=np.float64)),
-        "contrast": (centres, light.std((1, 2), dtype=np.float64)),
-        "sharpness": (centres, np.log(laplace + 1e-3)),
-        "motion": (np.arange(1, len(light)) / fps, np.array(steps) * fps / np.hypot(*grey[0].shape)),
-    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in UNITS}
+    steps, before, anchor, due = [], None, None, 0.0
+    for i, frame in enumerate(frames_FHW3):
+        now, at = _Seen(frame), (i + 0.5) / fps
+        for name, value in now.statistics().items():
+            found[name].append((at, value))
+        if before is None or i in cuts:
+            anchor, due = now, at + window_s / 2
+        if before is not None:
+            steps.append(np.nan if anchor is now else float(cv2.absdiff(frame, before.frame).mean(dtype=np.float64)))
+        if before is not None and anchor is not now:
+            speed = np.median(np.linalg.norm(flow.calc(before.grey, now.grey, None), axis=-1))
+            found["motion"].append((i / fps, float(speed) * fps / np.hypot(*now.grey.shape)))
+            found["steadiness"].append((i / fps, 1 - steps[-1] / 255))
+        found["structure"].append((at, mean_ssim(now.grey, anchor.grey)))
+        if at >= due - 1e-9:
+            found["matches"].append((at, now.matches(anchor)))
+            due += window_s
+        before = now
+    arrays = {name: np.array(points or [(0.0, np.nan)]).T for name, points in found.items()}
+    return {name: (x[0], x[1]) for name, x in arrays.items()}, np.array(steps)
+
+
+class _Seen:
+    """One frame and what is read from it; `light` L*, `grey` and `lab` at most SIDE across."""
+
+    def __init__(self, frame: NDArray[np.uint8]) -> None:
+        import cv2
+
+        shrink = SIDE / max(frame.shape[:2])
+        size = tuple(max(1, round(shrink * s)) for s in frame.shape[1::-1])
+        small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if shrink < 1 else frame
+        self.frame, self.grey = frame, cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+        self.lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+        self._features: tuple[Array, Array | None] | None = None
+
+    def statistics(self) -> dict[str, float]:
+        import cv2
+
+        light = np.ascontiguousarray(self.lab[..., 0])
+        power = np.abs(np.fft.rfft2(light - light.mean(dtype=np.float64))) ** 2
+        power[:, 1 : (light.shape[1] + 1) // 2] *= 2  # columns that stand for their mirror images too
+        fy, fx = np.fft.fftfreq(light.shape[0])[:, None], np.fft.rfftfreq(light.shape[1])
+        grey = cv2.cvtColor(self.frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        rough = cv2.filter2D(grey, cv2.CV_32F, _NOISE)[1:-1, 1:-1]
+        values = {
+            "lightness": light.mean(dtype=np.float64),
+            "red_green": self.lab[..., 1].mean(dtype=np.float64),
+            "yellow_blue": self.lab[..., 2].mean(dtype=np.float64),
+            "chroma": np.hypot(self.lab[..., 1], self.lab[..., 2]).mean(dtype=np.float64),
+            "contrast": light.std(dtype=np.float64),
+            "clipped": ((self.frame < 2) | (self.frame > 253)).mean(),
+            "sharpness": np.log(cv2.Laplacian(light, cv2.CV_32F, ksize=1).var(dtype=np.float64) + 1e-3),
+            "detail": power[np.hypot(fy, fx) > 0.25].sum() / max(power.sum(), 1e-9),
+            "noise": np.sqrt(np.pi / 2) / 6 * np.abs(rough).mean(dtype=np.float64) if rough.size else 0.0,
+        }
+        return {name: float(value) for name, value in values.items()}
+
+    def features(self) -> tuple[Array, Array | None]:
+        import cv2
+
+        if self._features is None:
+            points, described = cv2.SIFT_create(500).detectAndCompute(self.grey, None)
+            self._features = np.array([p.pt for p in points]).reshape(-1, 2), described
+        return self._features
+
+    def matches(self, anchor: _Seen) -> float:
+        """Share of the anchor's features that are found here, mutually nearest, and agree on one homography."""
+        import cv2
+
+        if self is anchor:
+            return 1.0
+        (there, known), (here, mine) = anchor.features(), self.features()
+        if known is None or mine is None or min(len(there), len(here)) < 8:
+            return np.nan if len(there) < 8 else 0.0
+        pairs = cv2.BFMatcher(cv2.NORM_L2, crossCheck=True).match(known, mine)
+        if len(pairs) < 8:
+            return 0.0
+        a, b = there[[p.queryIdx for p in pairs]], here[[p.trainIdx for p in pairs]]
+        cv2.setRNGSeed(0)
+        _, inliers = cv2.findHomography(a, b, cv2.RANSAC, 3.0)
+        agreed = 0 if inliers is None else int(inliers.sum())
+        return agreed / len(there) if agreed >= 8 else 0.0
+
+
+def stagnation(motion_J: ArrayLike) -> float:
+    """Share of windows with less than a tenth of the first one's motion: rollouts that freeze. 1 if it never moved."""
+    motion = np.asarray(motion_J, dtype=np.float64)
+    return float((motion[1:] < 0.1 * motion[0]).mean()) if motion[0] > 1e-6 else 1.0
+
+
+def seam_ratio(steps: ArrayLike, starts: Sequence[int]) -> float:
+    """Root mean square of the steps onto the first frames of chunks (`starts`) over that of the others; 1: no seam.
+
+    steps (F-1,): `Drift.steps`, of step i from frame i to i + 1. NaN where either kind is missing or nothing changes.
+    """
+    change = np.asarray(steps, dtype=np.float64)
+    seam = np.isin(np.arange(1, len(change) + 1), starts)
+    on, off = (x[np.isfinite(x)] for x in (change[seam], change[~seam]))
+    rest = float(np.sqrt((off**2).mean())) if len(off) else 0.0
+    return float(np.sqrt((on**2).mean())) / rest if len(on) and rest > 0 else np.nan
+
+
+def folded_floor(differences_V: ArrayLike) -> float:
+    """The mean size of differences with this spread and no mean, sqrt(2 / pi) sd: the floor of |end - start|.
+
+    differences_V (V,): end minus start of true videos. NaN below two.
+    """
+    d = np.asarray(differences_V, dtype=np.float64)
+    d = d[np.isfinite(d)]
+    return float(np.sqrt(2 / np.pi) * d.std(ddof=1)) if d.size > 1 else np.nan
+
+
+def time_to_failure(drift: Drift, bands: dict[str, tuple[float, float]]) -> tuple[float, bool]:
+    """Start of the first FAILED windows in a row in which a statistic leaves its band, and whether that happened.
+
+    bands: statistic -> lowest and highest of true videos. A video that never fails is told with its last window's
+    centre, right-censored.
+    """
+    outside = []
+    for name, (low, high) in bands.items():
+        out = (drift.curve[name] < low) | (drift.curve[name] > high)
+        runs = np.lib.stride_tricks.sliding_window_view(out, FAILED).all(1) if len(out) >= FAILED else out[:0]
+        outside.append(drift.times_J[runs.argmax()] if runs.any() else np.inf)
+    first = min(outside, default=np.inf)
+    return (float(first), True) if np.isfinite(first) else (float(drift.times_J[-1]), False)
+
+
+def survival(times_V: ArrayLike, failed_V: ArrayLike) -> tuple[Array, Array, float]:
+    """Kaplan-Meier: times of failures, the share alive after each, and the restricted mean survival time.
+
+    times_V (V,) seconds, of failure where failed_V, else of censoring; the mean is restricted to the longest time.
+    """
+    from scipy import stats
+
+    times, failed = np.asarray(times_V, dtype=np.float64), np.asarray(failed_V, dtype=bool)
+    if not failed.any():
+        return np.zeros(0), np.zeros(0), float(times.max())
+    sf = stats.ecdf(stats.CensoredData(uncensored=times[failed], right=times[~failed])).sf
+    at = np.isin(sf.quantiles, times[failed])
+    when, alive = sf.quantiles[at], sf.probabilities[at]
+    grid = np.concatenate([[0.0], when, [times.max()]])
+    return when, alive, float((np.diff(grid) * np.concatenate([[1.0], alive])).sum())
 
 
 def composite(excess_VK: Array, real_sd_K: Array, draws: int = 2000) -> Interval:

@@ -1,41 +1,162 @@
-"""Speed of generation: first frame, frames a second (benchmarks spec, section 7)."""
+"""Speed, latency and memory of generation (benchmarks spec, section 7).
+
+Times are taken here, from a clock and from the frames that arrive, never from what a generator says of itself: all but
+`denoise_s`, which only it knows and which is reported under that name alone.
+"""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Timing = dict[str, float]
+from vgr.metrics.statistics import Interval
+
+Timing = dict[str, Any]
+Watch = Callable[[NDArray[np.uint8]], None]
+Request = Callable[[Watch], tuple[NDArray[np.uint8], Timing]]
+PERCENTILES = (50, 90, 95, 99)
+_LEAST = {50: 1, 90: 10, 95: 100, 99: 100}  # chunks that a percentile needs to be more than the slowest one
 
 
-def measure_requests(requests: Sequence[Callable[[], tuple[np.ndarray, Timing]]], warmup: int = 1) -> list[Timing]:
+def measure_requests(
+    requests: Sequence[Request], warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> list[Timing]:
     """Run every request, one after another, and return one timing each, after `warmup` untimed calls of the first.
 
-    A request returns (videos_BFHWC, the generator's own timings). Wall time and frames are taken here, from
-    the clock and from the decoded video, not from what the generator says.
+    A request takes watch(frames (B,f,H,W,3)), to be called with frames on the host as they are decoded, and returns all
+    of them (B,F,H,W,3) with its own timings. A timing: wall_s, frames (of all videos), arrivals [[seconds, frames]] of
+    the pieces of each video, memory at its end, denoise_s as far as the generator gives it.
     """
+    def ignore(piece: NDArray[np.uint8]) -> None:
+        pass
+
     for _ in range(warmup):
-        requests[0]()
-    timings = []
-    for request in requests:
-        start = time.perf_counter()
-        videos, own = request()  # decoded videos are on the host: the device has finished
-        wall = time.perf_counter() - start
-        timings.append({**own, "wall_s": wall, "frames": int(videos.shape[0] * videos.shape[1])})
-    return timings
+        requests[0](ignore)
+    return [_timed(request, clock) for request in requests]
 
 
-def summarize(timings: Sequence[Timing]) -> dict[str, list[float]]:
-    """Per-request values by metric name, from timings with wall_s, frames, first_frame_s, denoise_s, as far as given.
+def _timed(request: Request, clock: Callable[[], float]) -> Timing:
+    reset_memory()
+    arrivals: list[list[float]] = []
+    memory: list[int] = []
+    start = clock()
 
-    first_frame_s: request to first decoded frame. frames_per_s: all frames by the whole time, text encoding
-    and decoding included. denoise_frames_per_s: by denoising alone.
+    def watch(piece: NDArray[np.uint8]) -> None:
+        arrivals.append([clock() - start, piece.shape[1]])
+        memory.append(held_bytes())
+
+    videos, own = request(watch)
+    wall = clock() - start  # decoded videos are on the host: the device has finished
+    told = {"denoise_s": own["denoise_s"]} if own.get("denoise_s") else {}
+    return {**told, "wall_s": wall, "frames": int(videos.shape[0] * videos.shape[1]), "videos": int(videos.shape[0]),
+            "arrivals": arrivals, "memory_bytes": memory_bytes(), "held_bytes": memory}  # fmt: skip
+
+
+def reset_memory() -> None:
+    """Peaks start anew; nothing without a GPU, whose driver keeps them."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_bytes() -> dict[str, int]:
+    """Memory by who counts it: peaks `allocated` (tensors) and `reserved` (torch's pool), what the driver gives away on
+    the whole `device` now (with contexts, libraries and other processes), and the process's peak on the `host`.
     """
-    found = {
-        "first_frame_s": [t["first_frame_s"] for t in timings if t.get("first_frame_s")],
-        "frames_per_s": [t["frames"] / t["wall_s"] for t in timings if t.get("wall_s")],
-        "denoise_frames_per_s": [t["frames"] / t["denoise_s"] for t in timings if t.get("denoise_s")],
-    }
-    return {name: values for name, values in found.items() if values}
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
+                  "device": total - free}  # fmt: skip
+    return found
+
+
+def held_bytes() -> int:
+    """What is held now: tensors on the GPU, without one the process's pages in memory (its peak where no /proc is)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() else memory_bytes()["host"]
+
+
+def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
+    """Per-request values by metric name, from timings as far as they go; those of older sets have first_frame_s.
+
+    first_frame_s: request (text not yet encoded) to the first decoded frames on the host. frames_per_s: all frames by
+    the whole time. steady_frames_per_s: those after the first piece by their time. denoise_frames_per_s: by denoising
+    alone. realtime_factor: seconds of one video by the whole time. late_share: pieces that arrive after the moment a
+    player that began with the first would show them. latency_s_per_min: Theil-Sen slope of the time a piece takes over
+    the rollout, memory_gb_per_min the same of what is held: 0 where memory is constant. memory_*_gb as `memory_bytes`.
+    """
+    found: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        if np.isfinite(value):
+            found.setdefault(name, []).append(float(value))
+
+    for t in timings:
+        pieces = np.array(t.get("arrivals") or np.zeros((0, 2)), dtype=np.float64)
+        add("first_frame_s", pieces[0, 0] if len(pieces) else t.get("first_frame_s") or np.nan)
+        if t.get("wall_s"):
+            add("frames_per_s", t["frames"] / t["wall_s"])
+            add("realtime_factor", t["frames"] / t.get("videos", 1) / fps / t["wall_s"])
+        add("denoise_frames_per_s", t["frames"] / t["denoise_s"] if t.get("denoise_s") else np.nan)
+        if len(pieces) > 1:
+            times, counts = pieces.T
+            add("steady_frames_per_s", counts[1:].sum() * t.get("videos", 1) / max(times[-1] - times[0], 1e-12))
+            shown = times[0] + np.cumsum(counts)[:-1] / fps
+            add("late_share", (times[1:] > shown + 1e-9).mean())
+        if len(pieces) > 3:
+            add("latency_s_per_min", _slope(times[1:] / 60, np.diff(times)))
+            add("memory_gb_per_min", _slope(times / 60, np.array(t["held_bytes"]) / 1e9))
+        for name, value in t.get("memory_bytes", {}).items():
+            add(f"memory_{name}_gb", value / 1e9)
+    return found
+
+
+def chunk_latencies(timings: Sequence[Timing]) -> NDArray[np.float64]:
+    """Seconds from one piece's arrival to the next's, of all requests; the first piece, which waits, is not one."""
+    return np.concatenate([np.diff([a for a, _ in t.get("arrivals", ())]) for t in timings] or [np.zeros(0)])
+
+
+def percentile_intervals(latencies_N: Sequence[float], draws: int = 2000) -> dict[str, Interval]:
+    """p50, p90, p95, p99 of latencies in seconds with bootstrap intervals, those that so many samples can carry."""
+    values = np.asarray(latencies_N, dtype=np.float64)
+    rng, found = np.random.default_rng(0), {}
+    for p in (p for p in PERCENTILES if len(values) >= _LEAST[p]):
+        drawn = np.percentile(values[rng.integers(len(values), size=(draws, len(values)))], p, axis=1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        found[f"chunk_p{p}_s"] = Interval(float(np.percentile(values, p)), float(low), float(high), len(values))
+    return found
+
+
+def control_latency(
+    arrivals: Sequence[Sequence[float]], changed_s: float, steered: NDArray[np.uint8], straight: NDArray[np.uint8],
+    least: float = 1.0,
+) -> float:  # fmt: skip
+    """Seconds from a changed control (at changed_s) to the arrival of the first frame that shows it.
+
+    steered, straight (F,H,W,3): the rollout with the change and the same one (same noise) without it; a frame shows it
+    where they differ by `least` grey levels on average. arrivals as in `measure_requests`. inf where none shows it.
+    """
+    change = np.abs(steered.astype(np.int16) - straight.astype(np.int16)).mean((1, 2, 3))
+    if not (change >= least).any():
+        return float("inf")
+    frame, ends = int((change >= least).argmax()), np.cumsum([count for _, count in arrivals])
+    return float(arrivals[int(np.searchsorted(ends, frame, side="right"))][0] - changed_s)
+
+
+def _slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    from scipy import stats
+
+    return float(stats.theilslopes(y, x)[0])

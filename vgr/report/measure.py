@@ -1,251 +1,246 @@
-"""Measure rows of videos against the truth: one number per video and metric, then values with intervals."""
+"""Measure the videos of a set: one table of numbers, trends and features per video, kept so that nothing is done twice.
+
+What stands in `kept` was measured from the same bytes by the same code and settings, so many processes can share the
+work (each its `part`), and the last one to come finds all of it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from vgr.data.files import atomic
+from vgr.data.filters import Meter
+from vgr.data.video import fitted, iter_video
 from vgr.metrics import drift as drift_
-from vgr.metrics import features, fvd, image
-from vgr.metrics.statistics import Interval, mean_interval
-from vgr.report.sets import VideoSet
+from vgr.metrics import features, image, shots
+from vgr.metrics.extractors import Extractor, clip_of
+from vgr.metrics.revisit import measure_revisit
+from vgr.report import poses
+from vgr.report.poses import Path
+from vgr.report.sets import VideoSet, fingerprint
+from vgr.report.table import FD
+from vgr.seeding import derive_seed
 
 Array = NDArray[np.float64]
-Path = tuple[Array, Array]  # c2w (F,4,4) and intrinsics (F,4)
-FD = f"fd_{features.NAME}"
-
-
-class Metric(NamedTuple):
-    """label and unit for people; better: "higher", "lower" or "" (neither); `how` and the protocol's `section`
-    define the number; primary ones stand in the table.
-    """
-
-    label: str
-    unit: str
-    better: str
-    how: str
-    section: str = ""
-    primary: bool = True
-
-
-_SCORED = "mean over frames; the given first frame is left out; range 255"
-_FLOW = "frame-to-frame optical flow, small rotations, no alignment; unreadable steps count as no motion"
-_TREND = "Theil-Sen slope over windows minus the true video's; the given first frame is left out"
-_CALLS = "batch 1, one request after another, text encoding and decoding included"
-METRICS = {
-    "psnr_db": Metric("PSNR", "dB", "higher", _SCORED),
-    "ssim": Metric("SSIM", "", "higher", _SCORED),
-    "rot_step_imputed_deg": Metric("Rotation error", "°/frame", "lower", _FLOW),
-    "heading_imputed_deg": Metric("Heading error", "°", "lower", _FLOW),
-    "pose_coverage": Metric("Pose coverage", "", "higher", "share of steps the flow can read"),
-    FD: Metric(
-        "Fréchet distance, clipstats48", "", "lower",
-        "features clipstats48 (no weights) of windows at 64x48, ddof 1; interval from half-samples", "frechet",
-    ),
-    "drift": Metric("Drift", "sd", "lower", f"mean size of five trends in sd of the true videos'. {_TREND}", "drift"),
-    "motion_level": Metric("Motion", "diag/s", "", "median optical flow in image diagonals a second", "drift"),
-    **{
-        f"{name}_excess_per_s": Metric(f"{name.capitalize()} trend over truth", f"{unit}/s", "", _TREND, "drift", False)
-        for name, unit in drift_.UNITS.items()
-    },
-    "first_frame_s": Metric("First frame", "s", "lower", _CALLS, "frame_rate", False),
-    "frames_per_s": Metric("Speed, end to end", "frames/s", "higher", _CALLS, "frame_rate", False),
-    "denoise_frames_per_s": Metric(
-        "Speed, denoising only", "frames/s", "higher", "batch 1; denoising alone", "frame_rate", False
-    ),
-}  # fmt: skip
-POSE_ERRORS = ("rot_step_imputed_deg", "heading_imputed_deg")
-CURVES = ("lightness", "sharpness", "contrast", "motion")
+Frames = NDArray[np.uint8]
+Look = Callable[[], Iterable[Frames]]  # every call gives the video's frames from the first
+_THUMB = 144  # shorter side of the pictures in which cuts are sought
 
 
 class Measured(NamedTuple):
-    """Of one video: metric -> value, its drift (None if too short), features (windows, D) and the key."""
+    """Of one video: metric -> value, its drift (None if too short), distance -> features (rows, D) and the key."""
 
     key: str
     values: dict[str, float]
     drift: drift_.Drift | None
-    features: Array
+    features: dict[str, Array]
+
+
+class Job(NamedTuple):
+    """What all videos of a run share: the protocol, frames measured (None: each video whole), extractors by metric, the
+    folder of what is measured already, the part (i of n, from 0) and done(n)."""
+
+    protocol: dict[str, Any]
+    frames: int | None
+    extractors: Mapping[str, Extractor]
+    kept: File
+    part: tuple[int, int]
+    done: Callable[[int], None]
 
 
 def measure_set(
-    videos: VideoSet,
-    keys: Sequence[str],
-    frames: int,
-    settings: dict[str, Any],
-    truth: VideoSet | None,
-    paths: Mapping[str, Sequence[Path]],
-    done: Callable[[int], None],
-) -> list[Measured]:
-    """Measure every video of a set, in the order of keys; settings is the protocol.
+    job: Job, row: str, videos: VideoSet, keys: Sequence[str], truth: VideoSet | None = None,
+    paths: Mapping[str, Sequence[Path]] | None = None,
+) -> list[Measured]:  # fmt: skip
+    """Measure this part of a set's videos, in the order of keys; of the row "reference" features alone, true clips'.
 
     truth None leaves PSNR and SSIM out. paths gives a key's commanded (c2w, intrinsics), nothing leaves the pose
     out; errors against a second path are called other_<metric>. The first frame, given to the model, counts for
     the pose alone. Raises ValueError when sizes differ from the truth's.
     """
+    settings = {"protocol": job.protocol["sha256"], "frames": job.frames, "code": _code(),
+                "weights": {name: x.about for name, x in job.extractors.items()}}  # fmt: skip
 
-    def one(key: str) -> Measured:
-        video, fps = videos.video(key, frames)
-        values: dict[str, float] = {}
-        if truth is not None:
-            true = truth.video(key, frames)[0]
-            if video.shape != true.shape:
-                raise ValueError(
-                    f"{videos.folder / key}.mp4 is {video.shape[2]}x{video.shape[1]}, the true video "
-                    f"{true.shape[2]}x{true.shape[1]}; scale the videos to the data's size first"
-                )
-            values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
-            values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
-        for prefix, scores in zip(("", "other_"), pose_values(video, paths[key]) if paths[key] else ()):
-            values.update({prefix + k: v for k, v in scores.items()})
-        trend = None
-        if (len(video) - 1) / fps >= 3 * settings["drift"]["window_s"]:
-            trend = drift_.measure_drift(video[1:], fps, settings["drift"]["window_s"])
-            values["motion_level"] = trend.level["motion"]
-        done(1)
-        return Measured(key, values, trend, window_features(video, settings))
+    def one(index: int) -> Measured:
+        key = keys[index]
+        own, info = (paths or {}).get(key, ()), videos.info
+        files = [s.folder / f"{key}.mp4" for s in (videos, truth) if s is not None]
+        told = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+        told += [hashlib.sha256(a.tobytes()).hexdigest() for path in own for a in path]
+        told += [info.get("fps"), info.get("chunk_starts"), info.get("cuts", {}).get(key)]
+        mark, place = fingerprint({**settings, "inputs": told}), job.kept / row / f"{key}.npz"
+        found = _read(place, key, mark)
+        if found is None:
+            found = _measure(job, row, videos, key, index, truth, own)
+            _write(place, mark, found)
+        job.done(1)
+        return found
 
     with ThreadPoolExecutor(2) as pool:  # OpenCV and PyAV release the interpreter lock
-        return list(pool.map(one, keys))
+        return list(pool.map(one, range(job.part[0], len(keys), job.part[1])))
 
 
-def window_features(
-    video: NDArray[np.uint8], settings: dict[str, Any], shuffle: np.random.Generator | None = None
-) -> Array:
-    """Features (windows, D) of a video without its first frame; shuffle: with the frames of each window shuffled."""
-    windows = features.windows(video[1:], settings["frechet"]["window_frames"])
-    return np.array([features.clip_features(shuffle.permutation(w) if shuffle else w) for w in windows])
+def _measure(
+    job: Job, row: str, videos: VideoSet, key: str, index: int, truth: VideoSet | None, paths: Sequence[Path]
+) -> Measured:
+    if job.frames is None:
+        count, fps, cuts = _scan(iter_video(videos.folder / f"{key}.mp4"), "shots" in job.protocol)
+        fps = float(videos.info.get("fps") or fps)
+
+        def look() -> Iterable[Frames]:
+            return (frame for frame, _ in iter_video(videos.folder / f"{key}.mp4"))
+
+        values, trend = _trends(job, look, count, fps, cuts, videos.info, key)
+        values |= _structure(job, look, count, fps, cuts, paths[0] if paths else None)[0]
+        return Measured(key, values, trend, {})
+    video, fps = videos.video(key, job.frames)
+    if row == "reference":
+        chance = np.random.default_rng(derive_seed(job.protocol["seed"], "clip", index))
+        return Measured(key, {}, None, all_features(job, video, chance=chance))
+    cuts = _scan(((f, i / fps) for i, f in enumerate(video)), True)[2] if "shots" in job.protocol else []
+    values, trend = _trends(job, lambda: video, len(video), fps, cuts, videos.info, key)
+    if truth is not None:
+        values |= _agreement(videos, truth, key, video)
+    for prefix, scores in zip(("", "other_"), poses.pose_values(video, paths) if paths else ()):
+        values.update({prefix + k: v for k, v in scores.items()})
+    more, estimate = _structure(job, lambda: video, len(video), fps, cuts, paths[0] if paths else None)
+    values |= more
+    if paths and "revisit" in job.protocol:
+        found = measure_revisit(video, paths[0][0], fps, estimate, job.protocol["revisit"]["gap_s"])
+        values |= {"revisit_db": found.psnr_db, "memory_db": found.memory_db, "memory_ssim": found.memory_ssim}
+        pairs = found.pairs + found.dropped
+        values["return_dropped"] = found.dropped / pairs if pairs and estimate is not None else np.nan
+    table = all_features(job, video)
+    if row == "truth":  # the control of distances' sense of time
+        chance = np.random.default_rng(derive_seed(job.protocol["seed"], "shuffle", index))
+        table |= {f"shuffled {name}": x for name, x in all_features(job, video, shuffle=chance).items()}
+    return Measured(key, values, trend, table)
 
 
-def reference_features(
-    videos: VideoSet, frames: int, settings: dict[str, Any], done: Callable[[int], None]
-) -> list[Array]:
-    """`window_features` of every true video that Frechet distances compare with."""
+def _scan(frames: Iterable[tuple[Frames, float]], find_cuts: bool) -> tuple[int, float, list[int]]:
+    """Frames, their rate and the cuts of a video that passes once."""
+    import cv2
 
-    def one(key: str) -> Array:
-        table = window_features(videos.video(key, frames)[0], settings)
-        done(1)
-        return table
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, videos.keys))
-
-
-def pose_values(video: NDArray[np.uint8], paths: Sequence[Path]) -> list[dict[str, float]]:
-    """The camera errors of one video against each (c2w, intrinsics); the flow is read once, with the first's."""
-    from vgr.metrics.egomotion import flow_rotation, score_motion
-
-    found = flow_rotation(video, paths[0][1])
-    scores = [score_motion(found, c2w) for c2w, _ in paths]
-    return [{**{k: float(s[k]) for k in POSE_ERRORS}, "pose_coverage": float(s["coverage"])} for s in scores]
+    meter, times = Meter(), []
+    for frame, time_s in frames:
+        times.append(time_s)
+        if find_cuts:
+            scale = min(1.0, _THUMB / min(frame.shape[:2]))
+            size, _ = fitted(frame.shape[:2], tuple(max(8, round(scale * s)) for s in frame.shape[:2]))
+            meter.add(cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA))
+    meter.done()
+    return len(times), (len(times) - 1) / max(times[-1] - times[0], 1e-9), meter.cuts
 
 
-def check_pose_estimator(truth: list[Measured]) -> dict[str, dict[str, Any]]:
-    """Does the estimator tell the true video's own camera from another clip's? By metric, before a model is judged.
+def _trends(
+    job: Job, look: Look, count: int, fps: float, cuts: list[int], info: dict[str, Any], key: str
+) -> tuple[dict[str, float], drift_.Drift | None]:
+    values: dict[str, float] = {}
+    if "shots" in job.protocol:
+        values["cuts"] = float(len(cuts))
+        if (wanted := info.get("cuts", {}).get(key)) is not None:
+            values["sca"] = shots.shot_cut_accuracy(cuts, [c for c in wanted if c < count], count)
+    window, cuts = job.protocol["drift"]["window_s"], [c - 1 for c in cuts if c > 1]
+    edges = np.array([0, *cuts, count - 1]) / fps
+    if np.diff(edges).max() + 1e-6 < 3 * window:
+        return values, None
+    trend = drift_.measure_drift(islice(iter(look()), 1, None), fps, window, cuts)
+    for name in drift_.UNITS:
+        values |= {f"{name}_per_s": trend.slope[name], f"{name}_end_minus_start": trend.start_end[name]}
+    values |= {"motion_level": trend.level["motion"], "stagnation": drift_.stagnation(trend.curve["motion"])}
+    if starts := info.get("chunk_starts"):
+        values["seam_ratio"] = drift_.seam_ratio(trend.steps, [s - 1 for s in starts if s > 1])
+    return values, trend
 
-    Passed if the 95 % interval of the paired difference of errors (another's minus own) lies above zero.
+
+def _agreement(videos: VideoSet, truth: VideoSet, key: str, video: Frames) -> dict[str, float]:
+    true = truth.video(key, len(video))[0]
+    if video.shape != true.shape:
+        raise ValueError(
+            f"{videos.folder / key}.mp4 is {video.shape[2]}x{video.shape[1]}, the true video "
+            f"{true.shape[2]}x{true.shape[1]}; scale the videos to the data's size first"
+        )
+    return {name: float(f(video[1:], true[1:]).mean()) for name, f in (("psnr_db", image.psnr), ("ssim", image.ssim))}
+
+
+def _structure(
+    job: Job, look: Look, count: int, fps: float, cuts: list[int], path: Path | None
+) -> tuple[dict[str, float], Array | None]:
+    """Values of `poses.reconstructed` and the estimated path of every frame, NaN between keyframes."""
+    import torch
+
+    from vgr.geometry.cameras import interpolate
+
+    if not (settings := job.protocol.get("pose")):
+        return {}, None
+    at = poses.keyframes(cuts, count, fps, settings)
+    values, est = poses.reconstructed(look(), at, fps, path, settings)
+    if est is None:
+        return values, None
+    every, known = np.full((count, 4, 4), np.nan), np.isfinite(est).all((1, 2))
+    if known.sum() > 1:
+        own = np.array(at)[known]
+        between = torch.arange(own[0], own[-1] + 1)
+        every[between] = interpolate(torch.from_numpy(est[known]), torch.from_numpy(own), between).numpy()
+    return values, every
+
+
+def all_features(
+    job: Job, video: Frames, shuffle: np.random.Generator | None = None, chance: np.random.Generator | None = None
+) -> dict[str, Array]:
+    """Distance -> features (rows, D) of a video without its first frame: of windows, or of one clip for networks.
+
+    shuffle: with the frames of each window or clip shuffled. chance: draws where a true video's clip starts.
     """
-    checks = {}
-    for metric in POSE_ERRORS:
-        own, other = column(truth, metric), column(truth, f"other_{metric}")
-        found = {"own_camera": own, "other_camera": other, "difference": other - own}
-        cells = {name: mean_cell(x) for name, x in found.items()}
-        checks[metric] = {"passed": (cells["difference"]["low"] or 0) > 0, **cells}
-    return checks
+    def mixed(clip: Frames) -> Frames:
+        return shuffle.permutation(clip) if shuffle else clip
+
+    windows = features.windows(video[1:], job.protocol["frechet"]["window_frames"])
+    found = {FD: np.array([features.clip_features(mixed(w)) for w in windows])}
+    for name, network in job.extractors.items():
+        clip = clip_of(video[1:], network.frames, job.protocol["fvd"]["stride"], chance)
+        found[name] = np.zeros((0, 0)) if clip is None else network.features(mixed(clip)[None])
+    return found
 
 
-def check_frame_order(
-    truth: VideoSet, measured: list[Measured], frames: int, reference: list[Array], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Is the Frechet distance sensitive to time? True videos with the frames of each window shuffled must lie
-    farther from the reference (features of one video each) than the same videos in order and than twice the null
-    bias (spec 2.4).
-    """
-    known, rng = np.concatenate(reference), np.random.default_rng(0)
-    tables = ([v.features for v in measured],
-              [window_features(truth.video(v.key, frames)[0], settings, shuffle=rng) for v in measured])  # fmt: skip
-    ordered, shuffled = (fvd.frechet_distance(np.concatenate(t), known) for t in tables)
-    bias = fvd.null_bias(fvd.moments(known)[1], sum(map(len, tables[0])), len(known))
-    passed = bool(shuffled > max(2 * bias, ordered))
-    return {"passed": passed, "shuffled": shuffled, "ordered": ordered, "null_bias": bias}
+@functools.cache
+def _code() -> str:
+    """A hash of the code that measures: numbers of other code are measured again."""
+    here = File(__file__).parent
+    files = [*sorted((here.parent / "metrics").glob("*.py")), here / "measure.py", here / "poses.py"]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def summarize(
-    rows: dict[str, list[Measured]], settings: dict[str, Any], reference: list[Array] | None, skip: set[str]
-) -> dict[str, dict[str, Any]]:
-    """row -> metric -> cell: means over videos, drift over the truth's, distances to the reference's features.
-
-    skip: metrics whose check failed; they get no value.
-    """
-    out: dict[str, dict[str, Any]] = {}
-    for row, videos in rows.items():
-        columns = {m: column(videos, m) for m in METRICS if m not in skip}
-        out[row] = {m: mean_cell(x) for m, x in columns.items() if np.isfinite(x).any()}
-        if "truth" in rows and all(v.drift for v in videos + rows["truth"]):
-            out[row].update(_drift_over_truth(videos, rows["truth"]))
-        if reference:
-            out[row][FD] = _distance([v.features for v in videos], reference, settings["frechet"]["draws"])
-    return out
+def _write(place: File, mark: str, found: Measured) -> None:
+    head: dict[str, Any] = {"mark": mark, "values": found.values, "features": list(found.features)}
+    arrays = {f"features.{name}": x for name, x in found.features.items()}
+    if (trend := found.drift) is not None:
+        head["drift"] = {"slope": trend.slope, "level": trend.level, "start_end": trend.start_end}
+        arrays |= {"times": trend.times_J, "steps": trend.steps, **{f"curve.{k}": x for k, x in trend.curve.items()}}
+    with atomic(place) as file:
+        np.savez(file, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
 
 
-def compare(rows: dict[str, list[Measured]], skip: set[str]) -> list[dict[str, Any]]:
-    """Paired differences model - control for the metrics of true continuation and camera. `better`: the interval
-    leaves zero on the good side.
-    """
-    out = []
-    metrics = [m for m in ("psnr_db", "ssim", *POSE_ERRORS) if m not in skip]
-    for control in (c for c in ("swapped", "frozen") if c in rows):
-        for metric in metrics:
-            difference = mean_interval(column(rows["model"], metric) - column(rows[control], metric))
-            if difference.count:
-                better = difference.low > 0 if METRICS[metric].better == "higher" else difference.high < 0
-                out.append({"control": control, "metric": metric, "better": bool(better), **cell(difference)})
-    return out
-
-
-def curves(rows: dict[str, list[Measured]]) -> dict[str, Any]:
-    """For the page: by row and statistic the mean over videos in each window with its interval."""
-    out: dict[str, Any] = {}
-    for row, videos in rows.items():
-        if all(v.drift for v in videos):
-            out[row] = {"times_s": videos[0].drift.times_J.tolist()}
-            for name in CURVES:
-                points = [mean_cell(x, draws=999) for x in zip(*(v.drift.curve[name] for v in videos))]
-                out[row][name] = {k: [p[k] for p in points] for k in ("value", "low", "high")}
-    return out
-
-
-def column(videos: list[Measured], metric: str) -> Array:
-    return np.array([v.values.get(metric, np.nan) for v in videos], dtype=np.float64)
-
-
-def cell(interval: Interval) -> dict[str, Any]:
-    """An interval as results.json holds it: finite numbers or null."""
-    return {k: number(x) for k, x in interval._asdict().items()} | {"count": interval.count}
-
-
-def mean_cell(values: ArrayLike, draws: int = 9999) -> dict[str, Any]:
-    """The cell of `mean_interval`."""
-    return cell(mean_interval(values, draws))
-
-
-def number(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None
-
-
-def _drift_over_truth(videos: list[Measured], truth: list[Measured]) -> dict[str, Any]:
-    ours, real = (np.array([list(v.drift.slope.values()) for v in row]) for row in (videos, truth))
-    out = {f"{name}_excess_per_s": mean_cell(x) for name, x in zip(drift_.UNITS, (ours - real).T)}
-    return out | {"drift": cell(drift_.composite(ours - real, real.std(0, ddof=1)))}
-
-
-def _distance(ours: list[Array], reference: list[Array], draws: int) -> dict[str, Any]:
-    a, b = np.concatenate(ours), np.concatenate(reference)
-    a_video, b_video = (np.repeat(np.arange(len(t)), [len(x) for x in t]) for t in (ours, reference))
-    distance = fvd.frechet_interval(a, b, a_video, b_video, draws)
-    bias = fvd.null_bias(fvd.moments(b)[1], len(a), len(b))
-    return {**cell(distance), "null_bias": bias, "windows": len(a), "reference_windows": len(b)}
+def _read(place: File, key: str, mark: str) -> Measured | None:
+    """What `_write` kept, None where there is nothing or something measured otherwise."""
+    if not place.is_file():
+        return None
+    with np.load(place, allow_pickle=False) as file:
+        head = json.loads(file["head"].tobytes())
+        if head["mark"] != mark:
+            return None
+        trend = None
+        if told := head.get("drift"):
+            curve = {name: file[f"curve.{name}"] for name in told["slope"]}
+            trend = drift_.Drift(**told, times_J=file["times"], curve=curve, steps=file["steps"])
+        return Measured(key, head["values"], trend, {name: file[f"features.{name}"] for name in head["features"]})

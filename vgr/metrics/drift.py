@@ -23,7 +23,7 @@ Series = dict[str, tuple[Array, Array]]  # name -> times in seconds, values
 PRIMARY = {"lightness": "L*", "chroma": "C*", "contrast": "L*", "sharpness": "ln", "motion": "diagonals/s"}
 UNITS = PRIMARY | {
     "red_green": "a*", "yellow_blue": "b*", "clipped": "share", "detail": "share", "noise": "levels",
-    "steadiness": "1 − range", "structure": "SSIM", "matches": "share",
+    "steadiness": "1 − range", "structure": "SSIM",
 }  # fmt: skip
 SIDE = 512  # longer side at which all but clipping, noise and steadiness are measured; smaller videos as they are
 ENDS = 0.15  # share of a shot at either end that start and end are
@@ -51,7 +51,7 @@ def measure_drift(
     cuts: first frames of new shots. Slopes are medians over pairs of windows of one shot: with no cut, Theil-Sen's.
     Raises ValueError when no shot holds three windows.
     """
-    series, steps = frame_statistics(frames_FHW3, fps, window_s, cuts)
+    series, steps = frame_statistics(frames_FHW3, fps, cuts)
     count = len(steps) + 1
     edges_S = np.array([0, *cuts, count]) / fps
     shots = [e for a, b in zip(edges_S, edges_S[1:]) if (e := _edges(a, b, window_s)) is not None]
@@ -96,28 +96,27 @@ def _start_end(times: Array, values: Array, start: float, end: float) -> float:
 
 
 def frame_statistics(
-    frames_FHW3: Iterable[NDArray[np.uint8]], fps: float, window_s: float = 1.0, cuts: Sequence[int] = ()
+    frames_FHW3: Iterable[NDArray[np.uint8]], fps: float, cuts: Sequence[int] = ()
 ) -> tuple[Series, Array]:
     """Every statistic of UNITS, at frame centres or between two frames, and the steps of `Drift`.
 
     lightness, red_green, yellow_blue, contrast (means and sd of CIE L*, a*, b*), chroma (mean C*); clipped (share of
     values below 2 or above 253); sharpness (ln of the variance of the Laplacian of L*), detail (share of L*'s variance
     beyond a quarter of a cycle a pixel), noise (Immerkaer's sd in grey levels); motion (median optical flow in
-    image diagonals a second), steadiness (1 - mean absolute change / 255); against the shot's first frame structure
-    (SSIM of grey pictures) and, once a window, matches (share of its SIFT features found again where one homography
-    puts them).
+    image diagonals a second), steadiness (1 - mean absolute change / 255); structure (SSIM of grey pictures with the
+    shot's first).
     """
     import cv2
 
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in UNITS}
-    steps, before, anchor, due = [], None, None, 0.0
+    steps, before, anchor = [], None, None
     for i, frame in enumerate(frames_FHW3):
         now, at = _Seen(frame), (i + 0.5) / fps
         for name, value in now.statistics().items():
             found[name].append((at, value))
         if before is None or i in cuts:
-            anchor, due = now, at + window_s / 2
+            anchor = now
         if before is not None:
             steps.append(np.nan if anchor is now else float(cv2.absdiff(frame, before.frame).mean(dtype=np.float64)))
         if before is not None and anchor is not now:
@@ -125,9 +124,6 @@ def frame_statistics(
             found["motion"].append((i / fps, float(speed) * fps / np.hypot(*now.grey.shape)))
             found["steadiness"].append((i / fps, 1 - steps[-1] / 255))
         found["structure"].append((at, mean_ssim(now.grey, anchor.grey)))
-        if at >= due - 1e-9:
-            found["matches"].append((at, now.matches(anchor)))
-            due += window_s
         before = now
     arrays = {name: np.array(points or [(0.0, np.nan)]).T for name, points in found.items()}
     return {name: (x[0], x[1]) for name, x in arrays.items()}, np.array(steps)
@@ -144,7 +140,6 @@ class _Seen:
         small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if shrink < 1 else frame
         self.frame, self.grey = frame, cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
         self.lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-        self._features: tuple[Array, Array | None] | None = None
 
     def statistics(self) -> dict[str, float]:
         import cv2
@@ -167,32 +162,6 @@ class _Seen:
             "noise": np.sqrt(np.pi / 2) / 6 * np.abs(rough).mean(dtype=np.float64) if rough.size else 0.0,
         }
         return {name: float(value) for name, value in values.items()}
-
-    def features(self) -> tuple[Array, Array | None]:
-        import cv2
-
-        if self._features is None:
-            points, described = cv2.SIFT_create(500).detectAndCompute(self.grey, None)
-            self._features = np.array([p.pt for p in points]).reshape(-1, 2), described
-        return self._features
-
-    def matches(self, anchor: _Seen) -> float:
-        """Share of the anchor's features that are found here, mutually nearest, and agree on one homography."""
-        import cv2
-
-        if self is anchor:
-            return 1.0
-        (there, known), (here, mine) = anchor.features(), self.features()
-        if known is None or mine is None or min(len(there), len(here)) < 8:
-            return np.nan if len(there) < 8 else 0.0
-        pairs = cv2.BFMatcher(cv2.NORM_L2, crossCheck=True).match(known, mine)
-        if len(pairs) < 8:
-            return 0.0
-        a, b = there[[p.queryIdx for p in pairs]], here[[p.trainIdx for p in pairs]]
-        cv2.setRNGSeed(0)
-        _, inliers = cv2.findHomography(a, b, cv2.RANSAC, 3.0)
-        agreed = 0 if inliers is None else int(inliers.sum())
-        return agreed / len(there) if agreed >= 8 else 0.0
 
 
 def stagnation(motion_J: ArrayLike) -> float:

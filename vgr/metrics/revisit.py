@@ -21,6 +21,7 @@ Pixels = NDArray[np.uint8]
 
 METRES, DEGREES = 0.5, 20.0  # SANA-WM's rule: closer is the same view
 MOST, APART_S = 5, 0.5  # pairs of a video, and how far apart in time their second frames are
+SPARE = 0.1  # of the tolerances, by which a pair may be further apart than the video's closest
 MOVED = 0.3  # share of the commanded way, or turning, that the video must make between
 
 
@@ -48,8 +49,8 @@ class Revisit(NamedTuple):
 
 
 def find_pairs(c2w_F44: ArrayLike, fps: float, gap_s: float = 2.0) -> list[Pair]:
-    """At most MOST pairs of frames `gap_s` or more apart that a path (F,4,4) in metres gives one view, the closest
-    first, with something between them that is another view. Exact returns give exact pairs."""
+    """At most MOST pairs of frames `gap_s` or more apart that a path (F,4,4) in metres gives one view, with something
+    between them that is another view; only those about as close as the closest, so that exact returns stay exact."""
     c2w = np.asarray(c2w_F44, dtype=np.float64)
     metres, degrees = _apart(c2w)
     size = np.maximum(metres / METRES, degrees / DEGREES)  # below 1: one view
@@ -60,8 +61,8 @@ def find_pairs(c2w_F44: ArrayLike, fps: float, gap_s: float = 2.0) -> list[Pair]
         if size[first, second] < 1 and size[first, first:second].max() >= 2:
             candidates.append((round(float(size[first, second]), 6), second, first))
     pairs: list[Pair] = []
-    for _, second, first in sorted(candidates):
-        if len(pairs) < MOST and all(abs(second - p.second) >= APART_S * fps for p in pairs):
+    for close, second, first in sorted(candidates):
+        if close <= min(candidates)[0] + SPARE and len(pairs) < MOST and all(abs(second - p.second) >= APART_S * fps for p in pairs):
             others = np.arange(-first, len(c2w) - second)
             others = others[size[first + others, second + others] >= 2]
             shift = int(others[np.abs(others).argmin()]) if len(others) else None

@@ -2,11 +2,11 @@
 
     vgr-bench checkpoint=runs/world_model/tiny/seed1 protocol=smoke
     vgr-bench videos=folder                            # anyone's, without weights or data
-    vgr-bench videos=folder data=data/doom/val protocol=standard check=true
+    vgr-bench videos=folder shards=datasets/doom/val protocol=standard check=true
 
 Making and measuring are apart, and both go on where they stopped: a video that stands and was made by the same weights,
-settings and protocol is not made again, nor measured again by the same code. part=2/8 does an eighth of both; the same
-command without part= then finds all of it and writes the results.
+settings and protocol is not made again, nor measured again by the same code. part=2/8 does an eighth of both; without
+part= the same command then finds all of it and writes the results.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def body(cfg: DictConfig) -> None:
 
     if (cfg.checkpoint is None) == (cfg.videos is None):
         raise ValueError("give either checkpoint=<run folder> or videos=<folder of mp4>, and not both")
-    protocol = load_protocol(cfg.protocol or ("general" if cfg.videos and not cfg.data else "smoke"))
+    protocol = load_protocol(cfg.protocol or ("general" if cfg.videos and not cfg.shards else "smoke"))
     generator, run_dir, videos = None, None, None
     if cfg.checkpoint is not None:
         from vgr.generator import Generator
@@ -56,11 +56,11 @@ def body(cfg: DictConfig) -> None:
     else:
         videos = open_set(cfg.videos)
         out = Path(cfg.out or Path("runs/bench") / videos.folder.resolve().name / protocol["name"])
-    data = cfg.data or (generator.data_info.get("val") if generator else None)
+    data = cfg.shards or (generator.data_info.get("val") if generator else None)
     if generator and not data:
-        raise ValueError("data=null and the checkpoint names no validation shards; give data=<val shards folder>")
+        raise ValueError("shards=null and the checkpoint names no validation shards; give shards=<val shards folder>")
     if data and protocol["frames"] is None:
-        raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave data out or choose another")
+        raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave shards out or choose another")
     weights, statistics = Path(cfg.weights), Path(cfg.statistics) if cfg.statistics else None
     if cfg.check:
         cameras = data is not None or any(videos.folder.glob("*.cameras.npz"))
@@ -123,11 +123,10 @@ def check(
     lines = [f"protocol {protocol['name']}, sha256 {protocol['sha256']}"]
     for name, (file, how) in extractors.WEIGHTS.items() if "fvd" in protocol else ():
         lines.append(f"{name}: no {weights / file}; {how}" if name in missing else f"{name}: {weights / file} is there")
-    lines.append(f"true videos: {data or 'none; give data=<val shards>'}")
+    lines.append(f"true videos: {data or 'none; give shards=<val shards>'}")
     lines.append(f"cameras: {'there' if cameras else 'none; add <key>.cameras.npz'}")
-    empty = results.empty_columns(protocol, data is None, data is None and statistics is None, cameras, missing)
-    lines += [f"empty: {name}: {reason['why']}" for name, reason in empty.items()]
-    return lines
+    empty = results.unavailable(None, protocol, data is None, not (data or statistics), cameras, missing)
+    return lines + [f"empty: {name}: {reason['why']}" for name, reason in empty.items()]
 
 
 def find_run(checkpoint: Path) -> Path | None:
@@ -136,19 +135,10 @@ def find_run(checkpoint: Path) -> Path | None:
 
 
 def bench(
-    protocol: dict[str, Any],
-    out: Path,
-    *,
-    generator: Any = None,
-    videos: VideoSet | None = None,
-    shards: Any = None,
-    run_dir: Path | None = None,
-    batch: int = 8,
-    part: tuple[int, int] = (0, 1),
-    weights: Path = Path("weights"),
-    statistics: Path | None = None,
-    device: str = "cpu",
-) -> Path | None:
+    protocol: dict[str, Any], out: Path, *, generator: Any = None, videos: VideoSet | None = None, shards: Any = None,
+    run_dir: Path | None = None, batch: int = 8, part: tuple[int, int] = (0, 1), weights: Path = Path("weights"),
+    statistics: Path | None = None, device: str = "cpu",
+) -> Path | None:  # fmt: skip
     """Make what is missing, measure all rows, write results; returns the page's path, None of one part of many.
 
     generator: a callable as vgr.generator.Generator, with its attributes; or videos: a set. shards: the
@@ -169,6 +159,9 @@ def bench(
     else:
         clips, frames = rows_.choose(protocol, shards, generator, videos)
         keys = [c.key for c in clips]
+    if part[1] > len(keys):
+        raise ValueError(f"part={part[0] + 1}/{part[1]}: there are only {len(keys)} videos to share; take fewer parts")
+    if shards is not None:
         with progress(len(shards.keys), "true videos") as done:
             sets["truth"], reference = rows_.true_sets(protocol, out, shards, clips, done, part)
         with progress((4 if generator else 1) * len(clips), "making videos") as done:

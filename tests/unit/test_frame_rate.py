@@ -19,8 +19,8 @@ class Fake:
     """Text 0.3 s, then chunks of 4 frames: each so long to denoise and 0.1 s to decode; the first calls compile."""
 
     def __init__(self, clock, denoise=(0.5,) * 6, slow_calls=0, claimed=24, videos=1):
-        self.clock, self.denoise, self.slow_calls, self.claimed, self.videos = clock, denoise, slow_calls, claimed, videos
-        self.calls = 0
+        self.clock, self.denoise, self.claimed, self.videos = clock, denoise, claimed, videos
+        self.slow_calls, self.calls = slow_calls, 0
 
     def __call__(self, watch):
         self.calls += 1
@@ -48,7 +48,8 @@ def test_known_latencies_are_reported_and_warm_up_left_out():
     }  # fmt: skip
     for name, value in want.items():
         assert got[name] == pytest.approx([value] * 3, abs=1e-9), name
-    assert set(got) - set(want) <= {"memory_gb_per_min", *(f"memory_{x}_gb" for x in ("host", "device", "allocated", "reserved"))}
+    memory = {f"memory_{x}_gb" for x in ("host", "device", "allocated", "reserved")}
+    assert set(got) - set(want) <= {"memory_gb_per_min", *memory}
     assert all(x > 0.01 for x in got["memory_host_gb"])
     assert chunk_latencies(timings) == pytest.approx([0.6] * 15)
 
@@ -57,7 +58,8 @@ def test_faster_than_playback_is_never_late_and_a_batch_counts_all_its_videos():
     clock = Clock()
     got = summarize(measure_requests([Fake(clock, denoise=(0.1,) * 6, videos=3)], 0, clock), FPS)
     assert got["late_share"] == [0.0] and got["frames_per_s"] == pytest.approx([72 / 1.5])
-    assert got["realtime_factor"] == pytest.approx([2.4 / 1.5]) and got["steady_frames_per_s"] == pytest.approx([60 / 1.0])
+    assert got["realtime_factor"] == pytest.approx([2.4 / 1.5])
+    assert got["steady_frames_per_s"] == pytest.approx([60 / 1.0])
 
 
 def test_a_rollout_that_slows_down_has_the_slope_it_was_given():

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from benchmarks.few_steps import frechet_gain
 from vgr.metrics.features import SIZE, clip_features, windows
 from vgr.metrics.fvd import (
     Moments,
     frechet_between,
     frechet_distance,
-    frechet_gain,
     frechet_interval,
     kernel_distance,
     null_bias,

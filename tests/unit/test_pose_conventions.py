@@ -1,4 +1,4 @@
-"""Published camera errors by name: closed forms, the published formulas written out, and evo in a process of its own."""
+"""Published camera errors by name: closed forms, the published formulas written out, evo as a program of its own."""
 
 import re
 import shutil

@@ -57,7 +57,7 @@ def test_frozen_videos_and_wrong_ways_are_no_memory(video):
     """The trap: without the check of the return a frozen camera has a perfect PSNR, but remembers nothing."""
     path = there_and_back(metres=1.5)
     still = np.repeat(video[:1], 33, axis=0)
-    blind = measure_revisit(still, path, FPS)
+    blind = measure_revisit(still, path, FPS, None)
     assert blind.psnr_db == 100 and blind.memory_db == 0
     seen = measure_revisit(still, path, FPS, np.tile(np.eye(4), (33, 1, 1)))
     assert seen.pairs == 0 and seen.dropped >= 2 and np.isnan(seen.psnr_db) and np.isnan(seen.memory_db)

@@ -88,7 +88,7 @@ def test_paired_p_is_uniform_where_nothing_differs():
 
 def test_discoveries_are_benjamini_and_hochbergs():
     # Their example of 1995, fifteen tests of which four stand: the fourth by 0.0095 <= 4 / 15 * 0.05.
-    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.324, 0.4262, 0.5719, 0.6528, 0.759, 1]
+    p = [1e-4, 4e-4, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.324, 0.4262, 0.5719, 0.6528, 0.759, 1]
     assert discoveries(p).tolist() == [True] * 4 + [False] * 11
     assert discoveries([0.04, np.nan, 0.045]).tolist() == [True, False, True]
     assert not discoveries([np.nan]).any() and discoveries([]).size == 0

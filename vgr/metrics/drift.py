@@ -27,13 +27,12 @@ UNITS = PRIMARY | {
 }  # fmt: skip
 SIDE = 512  # longer side at which all but clipping, noise and steadiness are measured; smaller videos as they are
 ENDS = 0.15  # share of a shot at either end that start and end are
-FAILED = 2  # windows in a row outside the true videos' band
 _NOISE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 
 
 class Drift(NamedTuple):
-    """Of one video, by statistic: slope a second, mean level, end minus start, windows' means; their centres in
-    seconds; and the mean absolute change of each step between frames in grey levels, NaN across cuts, (F-1,)."""
+    """Of one video, by statistic: slope a second, mean level, end minus start over its shots' windows, windows' means;
+    their centres in seconds; and each step's mean absolute change in grey levels, NaN across cuts, (F-1,)."""
 
     slope: dict[str, float]
     level: dict[str, float]
@@ -67,12 +66,9 @@ def measure_drift(
     for name, (times, values) in series.items():
         curve[name] = np.concatenate([_window_means(times, values, e) for e in shots])
         rises = (curve[name][second] - curve[name][first]) / (centres[second] - centres[first])
-        rises, known = rises[np.isfinite(rises)], values[np.isfinite(values)]
-        slope[name] = float(np.median(rises)) if rises.size else np.nan
-        level[name] = float(known.mean()) if known.size else np.nan
-        ends = np.array([_start_end(times, values, a, b) for a, b in zip(edges_S, edges_S[1:])])
-        weight = np.diff(edges_S) * np.isfinite(ends)
-        start_end[name] = float((weight * np.nan_to_num(ends)).sum() / weight.sum()) if weight.any() else np.nan
+        slope[name], level[name] = float(np.median(rises)), float(values.mean())
+        ends = [_start_end(times, values, e[0], e[-1]) for e in shots]
+        start_end[name] = float(np.average(ends, weights=[len(e) - 1 for e in shots]))
     return Drift(slope, level, start_end, centres, curve, steps)
 
 
@@ -85,14 +81,13 @@ def _edges(start: float, end: float, window_s: float) -> Array | None:
 def _window_means(times: Array, values: Array, edges: Array) -> Array:
     index = np.digitize(times, edges) - 1
     index[np.abs(times[:, None] - edges).min(1) < 1e-6] = -1  # on an edge: in neither window, or time has a side
-    picked = [values[index == j] for j in range(len(edges) - 1)]
-    return np.array([x.mean() if len(x) else np.nan for x in picked])
+    return np.array([values[index == j].mean() for j in range(len(edges) - 1)])
 
 
 def _start_end(times: Array, values: Array, start: float, end: float) -> float:
-    inside, reach = (times >= start) & (times <= end), ENDS * (end - start) + 1e-9
-    first, last = values[inside & (times <= start + reach)], values[inside & (times >= end - reach)]
-    return float(last.mean() - first.mean()) if len(first) and len(last) else np.nan
+    reach = max(ENDS * (end - start), float(times[1] - times[0])) + 1e-9
+    first = (times >= start) & (times <= start + reach)
+    return float(values[(times <= end) & (times >= end - reach)].mean() - values[first].mean())
 
 
 def frame_statistics(
@@ -100,11 +95,10 @@ def frame_statistics(
 ) -> tuple[Series, Array]:
     """Every statistic of UNITS, at frame centres or between two frames, and the steps of `Drift`.
 
-    lightness, red_green, yellow_blue, contrast (means and sd of CIE L*, a*, b*), chroma (mean C*); clipped (share of
-    values below 2 or above 253); sharpness (ln of the variance of the Laplacian of L*), detail (share of L*'s variance
-    beyond a quarter of a cycle a pixel), noise (Immerkaer's sd in grey levels); motion (median optical flow in
-    image diagonals a second), steadiness (1 - mean absolute change / 255); structure (SSIM of grey pictures with the
-    shot's first).
+    lightness, red_green, yellow_blue (mean L*, a*, b*), contrast (sd of L*), chroma (mean C*); clipped (below 2, above
+    253); sharpness (ln of the variance of L*'s Laplacian), detail (L*'s variance beyond a quarter of a cycle a
+    pixel), noise (Immerkaer's sd in grey levels); motion (median optical flow in image diagonals a second), steadiness
+    (1 - mean absolute change / 255); structure (SSIM of grey pictures with the shot's first).
     """
     import cv2
 
@@ -193,35 +187,17 @@ def folded_floor(differences_V: ArrayLike) -> float:
 
 
 def time_to_failure(drift: Drift, bands: dict[str, tuple[float, float]]) -> tuple[float, bool]:
-    """Start of the first FAILED windows in a row in which a statistic leaves its band, and whether that happened.
+    """Start of the first two windows in a row in which a statistic leaves its band, and whether that happened.
 
     bands: statistic -> lowest and highest of true videos. A video that never fails is told with its last window's
-    centre, right-censored.
+    centre, right-censored: over videos of one length the mean is Kaplan and Meier's restricted mean survival time.
     """
-    outside = []
+    first = len(drift.times_J)
     for name, (low, high) in bands.items():
         out = (drift.curve[name] < low) | (drift.curve[name] > high)
-        runs = np.lib.stride_tricks.sliding_window_view(out, FAILED).all(1) if len(out) >= FAILED else out[:0]
-        outside.append(drift.times_J[runs.argmax()] if runs.any() else np.inf)
-    first = min(outside, default=np.inf)
-    return (float(first), True) if np.isfinite(first) else (float(drift.times_J[-1]), False)
-
-
-def survival(times_V: ArrayLike, failed_V: ArrayLike) -> tuple[Array, Array, float]:
-    """Kaplan-Meier: times of failures, the share alive after each, and the restricted mean survival time.
-
-    times_V (V,) seconds, of failure where failed_V, else of censoring; the mean is restricted to the longest time.
-    """
-    from scipy import stats
-
-    times, failed = np.asarray(times_V, dtype=np.float64), np.asarray(failed_V, dtype=bool)
-    if not failed.any():
-        return np.zeros(0), np.zeros(0), float(times.max())
-    sf = stats.ecdf(stats.CensoredData(uncensored=times[failed], right=times[~failed])).sf
-    at = np.isin(sf.quantiles, times[failed])
-    when, alive = sf.quantiles[at], sf.probabilities[at]
-    grid = np.concatenate([[0.0], when, [times.max()]])
-    return when, alive, float((np.diff(grid) * np.concatenate([[1.0], alive])).sum())
+        first = min([first, *np.flatnonzero(out[1:] & out[:-1])])
+    failed = first < len(drift.times_J)
+    return float(drift.times_J[first if failed else -1]), failed
 
 
 def composite(excess_VK: Array, real_sd_K: Array, draws: int = 2000) -> Interval:

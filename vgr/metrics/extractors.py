@@ -1,7 +1,6 @@
-"""Clip features from networks whose weights the user brings: I3D for the FVD, VideoMAE beside it (spec 1, 2.2).
+"""Clip features from networks whose weights the user brings in one folder: I3D for the FVD, VideoMAE (spec 1, 2.2).
 
-Files are looked for in one folder (`weights=`). What is missing is said with where to get it; a file that is not, byte
-for byte, the published one is refused: TorchScript runs code.
+An I3D that is not, byte for byte, the published one is refused: TorchScript runs code.
 """
 
 from __future__ import annotations
@@ -19,17 +18,11 @@ Array = NDArray[np.float64]
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 I3D_BYTES = 51_235_320
 WEIGHTS = {
-    "fvd": (
-        "i3d_torchscript.pt",
-        f"put i3d_torchscript.pt (51 MB, sha256 {I3D_SHA256}) there, from huggingface.co/flateon/FVD-I3D-torchscript; "
-        "its own licence is not stated, the Kinetics-400 I3D it converts is Apache-2.0",
-    ),
-    "fd_videomae": (
-        "videomae",
-        "put config.json and model.safetensors of a VideoMAE classifier there, such as huggingface.co/MCG-NJU/"
-        "videomae-base-finetuned-ssv2 (346 MB, CC BY-NC 4.0)",
-    ),
-}
+    "fvd": ("i3d_torchscript.pt", f"put i3d_torchscript.pt (51 MB, sha256 {I3D_SHA256}) there, from huggingface.co/"
+            "flateon/FVD-I3D-torchscript; no licence is stated beside it, the I3D it converts is Apache-2.0"),
+    "fd_videomae": ("videomae", "put config.json and model.safetensors of a VideoMAE classifier there, such as "
+                    "huggingface.co/MCG-NJU/videomae-base-finetuned-ssv2 (346 MB, CC BY-NC 4.0)"),
+}  # fmt: skip
 
 
 class Extractor(NamedTuple):
@@ -48,12 +41,9 @@ def missing(folder: Path) -> dict[str, dict[str, str]]:
 
 def load(folder: Path, frames: int, device: str = "cpu") -> dict[str, Extractor]:
     """The extractors whose weights lie in `folder`, by metric. Raises ValueError for a file that is another."""
-    lacking, found = missing(folder), {}
-    if "fvd" not in lacking:
-        found["fvd"] = load_i3d(folder / WEIGHTS["fvd"][0], frames, device)
-    if "fd_videomae" not in lacking:
-        found["fd_videomae"] = load_videomae(folder / WEIGHTS["fd_videomae"][0], device)
-    return found
+    lacking, doors = missing(folder), {"fvd": lambda p: load_i3d(p, frames, device),
+                                       "fd_videomae": lambda p: load_videomae(p, device)}  # fmt: skip
+    return {name: door(folder / WEIGHTS[name][0]) for name, door in doors.items() if name not in lacking}
 
 
 def load_i3d(
@@ -61,8 +51,7 @@ def load_i3d(
 ) -> Extractor:
     """The TorchScript I3D of StyleGAN-V's FVD: the 400 logits before softmax, of clips resized and scaled by itself.
 
-    The bytes that are hashed are the bytes that run. Raises ValueError unless they are `sha256`'s, and below 10 frames,
-    which its pooling over time needs.
+    The bytes that are hashed are the bytes that run. Raises ValueError unless they are `sha256`'s, and below 10 frames.
     """
     import torch
 
@@ -89,8 +78,8 @@ def load_i3d(
 def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
     """A VideoMAE classifier's pooled features before the classifier, from a transformers folder (safetensors only).
 
-    Frames are brought to the network's size by antialiased bicubic without keeping the aspect, and normalised as
-    ImageNet's. Raises ValueError naming what does not fit.
+    Frames come to the network's size by antialiased bicubic, whatever their aspect, and are normalised as ImageNet's.
+    Raises ValueError naming what does not fit.
     """
     import torch
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
@@ -105,10 +94,8 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
                          f"{WEIGHTS['fd_videomae'][1]}") from error
     network.classifier = torch.nn.Identity()
     network = network.to(device).eval()
-    digest = hashlib.sha256()
     with (folder / "model.safetensors").open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     mean, sd = (torch.tensor(x, device=device)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     side = config.image_size
 
@@ -121,7 +108,7 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
             pooled = network((small.unflatten(0, x.shape[:2]) - mean) / sd).logits
         return pooled.double().cpu().numpy()
 
-    about = {"extractor": "videomae", "sha256": digest.hexdigest(), "frames": config.num_frames,
+    about = {"extractor": "videomae", "sha256": digest, "frames": config.num_frames,
              "resize": f"antialiased bicubic {side}x{side}"}  # fmt: skip
     return Extractor(config.num_frames, about, features)
 
@@ -129,10 +116,8 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
 def clip_of(
     frames_FHW3: NDArray[np.uint8], length: int, stride: int = 1, chance: np.random.Generator | None = None
 ) -> NDArray[np.uint8] | None:
-    """The one clip of a video that StyleGAN-V's protocol scores: `length` frames, every `stride`-th; None if too short.
-
-    From the first frame for generated videos; from a random one (`chance`) for real ones.
-    """
+    """The clip of a video that StyleGAN-V scores: `length` frames, every `stride`-th, from the first for generated
+    videos, from a random one (`chance`) for real ones; None if too short."""
     span = (length - 1) * stride + 1
     if len(frames_FHW3) < span:
         return None

@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,26 +30,25 @@ def measure_requests(
     """Run every request, one after another, and return one timing each, after `warmup` untimed calls of the first.
 
     A request takes watch(frames (B,f,H,W,3)), to be called with frames on the host as they are decoded, and returns all
-    of them (B,F,H,W,3) with its own timings. A timing: wall_s, frames (of all videos), arrivals [[seconds, frames]] of
-    the pieces of each video, memory at its end, denoise_s as far as the generator gives it.
+    of them (B,F,H,W,3) with its own timings. A timing: wall_s, frames (of all videos), videos, arrivals
+    [[seconds, frames]] of the pieces of each video, held_bytes then (tensors on the GPU, without one the process's
+    peak), memory_bytes, and the generator's denoise_s.
     """
-    def ignore(piece: NDArray[np.uint8]) -> None:
-        pass
-
     for _ in range(warmup):
-        requests[0](ignore)
+        _timed(requests[0], clock)
     return [_timed(request, clock) for request in requests]
 
 
 def _timed(request: Request, clock: Callable[[], float]) -> Timing:
-    reset_memory()
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
     arrivals: list[list[float]] = []
     memory: list[int] = []
     start = clock()
 
     def watch(piece: NDArray[np.uint8]) -> None:
         arrivals.append([clock() - start, piece.shape[1]])
-        memory.append(held_bytes())
+        memory.append(memory_bytes()["host"] if cuda is None else cuda.memory_allocated())
 
     videos, own = request(watch)
     wall = clock() - start  # decoded videos are on the host: the device has finished
@@ -59,44 +57,33 @@ def _timed(request: Request, clock: Callable[[], float]) -> Timing:
             "arrivals": arrivals, "memory_bytes": memory_bytes(), "held_bytes": memory}  # fmt: skip
 
 
-def reset_memory() -> None:
-    """Peaks start anew; nothing without a GPU, whose driver keeps them."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def memory_bytes() -> dict[str, int]:
     """Memory by who counts it: peaks `allocated` (tensors) and `reserved` (torch's pool), what the driver gives away on
     the whole `device` now (with contexts, libraries and other processes), and the process's peak on the `host`.
     """
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        found |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
+    if (cuda := _cuda()) is not None:
+        free, total = cuda.mem_get_info()
+        found |= {"allocated": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved(),
                   "device": total - free}  # fmt: skip
     return found
 
 
-def held_bytes() -> int:
-    """What is held now: tensors on the GPU, without one the process's pages in memory (its peak where no /proc is)."""
+def _cuda() -> Any:
+    """torch.cuda where torch is in use and sees a GPU, else None."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() else memory_bytes()["host"]
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
     """Per-request values by metric name, from timings as far as they go; those of older sets have first_frame_s.
 
-    first_frame_s: request (text not yet encoded) to the first decoded frames on the host. frames_per_s: all frames by
-    the whole time. steady_frames_per_s: those after the first piece by their time. denoise_frames_per_s: by denoising
-    alone. realtime_factor: seconds of one video by the whole time. late_share: pieces that arrive after the moment a
-    player that began with the first would show them. latency_s_per_min: Theil-Sen slope of the time a piece takes over
-    the rollout, memory_gb_per_min the same of what is held: 0 where memory is constant. memory_*_gb as `memory_bytes`.
+    first_frame_s: request (text not yet encoded) to the first frames on the host. frames_per_s: all frames by the whole
+    time; steady_: those after the first piece by their time; denoise_: by denoising alone. realtime_factor: seconds of
+    one video by the whole time. late_share: pieces that arrive after a player that began with the first would show
+    them. latency_s_per_min, memory_gb_per_min: Theil-Sen slopes over the rollout of the time a piece takes and of what
+    is held. memory_*_gb as `memory_bytes`.
     """
     found: dict[str, list[float]] = {}
 

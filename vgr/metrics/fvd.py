@@ -160,27 +160,3 @@ def frechet_interval(
     spread = 1.96 * float(np.std([distance(half(a, a_video), half(b, b_video)) for _ in range(draws)], ddof=1))
     low = value - spread
     return Interval(value, max(low, 0.0) if distance is frechet_distance else low, value + spread, count)
-
-
-def frechet_gain(a_VWD: ArrayLike, b_VWD: ArrayLike, truth_VWD: ArrayLike, draws: int = 400) -> Interval:
-    """How much nearer to the truth a lies than b, FD(b, truth) - FD(a, truth), with a paired interval over videos.
-
-    a_VWD, b_VWD, truth_VWD (V,W,D): W windows of the same V videos. Every draw takes one random half of the videos in
-    all three, and the spread of the difference makes the interval, as in `frechet_interval`. ValueError unless the
-    shapes are equal and there are 4 videos or more.
-    """
-    a, b, truth = (np.asarray(x, dtype=np.float64) for x in (a_VWD, b_VWD, truth_VWD))
-    if a.ndim != 3 or not a.shape == b.shape == truth.shape or len(a) < 4:
-        raise ValueError(
-            f"features have shapes {a.shape}, {b.shape} and {truth.shape}; a paired comparison needs three equal "
-            "(videos, windows, features) of 4 videos or more"
-        )
-
-    def gain(videos: NDArray[np.int64]) -> float:
-        ours, others, known = (x[videos].reshape(-1, x.shape[-1]) for x in (a, b, truth))
-        return frechet_distance(others, known) - frechet_distance(ours, known)
-
-    rng = np.random.default_rng(0)
-    value = gain(np.arange(len(a)))
-    half = 1.96 * float(np.std([gain(rng.permutation(len(a))[: len(a) // 2]) for _ in range(draws)], ddof=1))
-    return Interval(value, value - half, value + half, len(a))

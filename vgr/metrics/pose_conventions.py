@@ -37,28 +37,27 @@ def published_errors(estimated_c2w: ArrayLike, reference_c2w: ArrayLike, convent
     """
     if convention not in KEYS:
         raise ValueError(f"unknown convention {convention!r}; known: {', '.join(KEYS)}")
-    est, ref = (np.asarray(x, dtype=np.float64) for x in (estimated_c2w, reference_c2w))
     if convention == "evo":
-        found = trajectory_errors(est, ref, align="sim3")
-    else:
-        found = pose_errors(est, ref, align="first_frame", scale="none")  # refuses what is no pair of paths
-        both = np.isfinite(est).all((1, 2)) & np.isfinite(ref).all((1, 2))
-        if both.sum() >= 2:
-            e, r = (np.linalg.inv(x[both][0]) @ x[both] for x in (est, ref))
-            scale = 1.0
-            if convention == "sana-wm":
-                e, scale = _extrinsics_aligned(e, r)
-            elif convention == "cameractrl":
-                e, r = (_scaled(x, 1 / (np.linalg.norm(x[:, :3, 3], axis=1).max() + 1e-9)) for x in (e, r))
-            else:
-                scale = least_distance_scale(e[:, :3, 3], r[:, :3, 3])
-                e = _scaled(e, scale)
-            est, ref = np.full_like(est, np.nan), ref.copy()
-            est[both], ref[both] = e, r
-            degenerate = found["degenerate"]
-            found = pose_errors(est, ref, align="none", scale="none") | {"scale": scale, "degenerate": degenerate}
+        found = trajectory_errors(estimated_c2w, reference_c2w, align="sim3")
+        return {key: found[key] for key in (*KEYS[convention], "coverage", "degenerate")}
+    est, ref = (np.array(x, dtype=np.float64) for x in (estimated_c2w, reference_c2w))
+    found = pose_errors(est, ref, align="first_frame", scale="none")  # refuses what is no pair of paths
+    both = np.isfinite(est).all((1, 2)) & np.isfinite(ref).all((1, 2))
+    found["scale"] = np.nan
+    if both.sum() >= 2:
+        e, r = (np.linalg.inv(x[both][0]) @ x[both] for x in (est, ref))
+        scale = 1.0
+        if convention == "sana-wm":
+            e, scale = _extrinsics_aligned(e, r)
+        elif convention == "cameractrl":
+            for path in (e, r):
+                path[:, :3, 3] /= np.linalg.norm(path[:, :3, 3], axis=1).max() + 1e-9
         else:
-            found["scale"] = np.nan
+            scale = least_distance_scale(e[:, :3, 3], r[:, :3, 3])
+            e[:, :3, 3] *= scale
+        est[both], ref[both] = e, r
+        degenerate = found["degenerate"]
+        found = pose_errors(est, ref, align="none", scale="none") | {"scale": scale, "degenerate": degenerate}
     if convention == "worldscore":
         for name, key, worst in zip(("score_rot", "score_trans"), ("rot_mean_deg", "trans_mean"), WORST):
             found[name] = 100 * (1 - min(found[key] / worst, 1.0)) if np.isfinite(found[key]) else 0.0
@@ -81,12 +80,6 @@ def least_distance_scale(est_F3: Array, ref_F3: Array) -> float:
         options={"xatol": 1e-10 * np.ptp(own)},
     )  # fmt: skip
     return float(found.x)
-
-
-def _scaled(c2w_F44: Array, scale: float) -> Array:
-    out = c2w_F44.copy()
-    out[:, :3, 3] *= scale
-    return out
 
 
 def _extrinsics_aligned(est: Array, ref: Array) -> tuple[Array, float]:

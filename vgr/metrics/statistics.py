@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-DRAWS = 9999
 
 
 class Interval(NamedTuple):
@@ -31,9 +30,9 @@ class Interval(NamedTuple):
 
 
 def by_unit(values: ArrayLike, units: Sequence[Hashable] | None = None) -> Array:
-    """Mean of each unit's values, (U,), units in the order of their first; NaN where all of a unit's values are.
+    """Mean of each unit's values (V,), (U,) in order of first appearance; NaN where all of them are.
 
-    values (V,); units (V,): the prompt or scene of each, None where every value is a unit of its own; or ValueError.
+    units (V,): the prompt or scene of each, None where every value is a unit of its own; or ValueError.
     """
     v = np.asarray(values, dtype=np.float64).ravel()
     v = np.where(np.isfinite(v), v, np.nan)
@@ -41,19 +40,17 @@ def by_unit(values: ArrayLike, units: Sequence[Hashable] | None = None) -> Array
         return v
     if len(units) != len(v):
         raise ValueError(f"{len(v)} values and {len(units)} units; give the prompt or scene of each value")
-    order = {u: i for i, u in enumerate(dict.fromkeys(units))}
-    index, known = np.array([order[u] for u in units], dtype=int), np.isfinite(v)
-    total, count = (np.bincount(index[known], w, len(order)) for w in (v[known], None))
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    own = [v[[u == unit for u in units]] for unit in dict.fromkeys(units)]
+    return np.array([x[np.isfinite(x)].mean() if np.isfinite(x).any() else np.nan for x in own])
 
 
 def mean_interval(
-    values: ArrayLike, draws: int = DRAWS, units: Sequence[Hashable] | None = None, impute: float = np.nan
+    values: ArrayLike, draws: int = 9999, units: Sequence[Hashable] | None = None, impute: float = np.nan
 ) -> Interval:
-    """Mean over units with its BCa bootstrap interval over units (fixed random numbers).
+    """Mean over units with its BCa bootstrap interval (fixed random numbers); of a - b it is the paired one.
 
-    values (V,), NaN: failed; of a difference a - b it is the paired interval. impute: what a failed unit counts as in
-    `imputed`. One value alone has no interval (NaN); equal values have one of no width.
+    values (V,), NaN: failed. impute: what a failed unit counts as in `imputed`. One value alone has no interval (NaN);
+    equal values have one of no width.
     """
     from scipy import stats
 
@@ -66,27 +63,23 @@ def mean_interval(
     mean = float(v.mean())
     if np.ptp(v) <= 1e-12 * max(1.0, abs(mean)):  # BCa's acceleration is 0/0 there
         return Interval(mean, mean, mean, v.size, failed, imputed)
-    low, high = stats.bootstrap(
-        (v,), np.mean, n_resamples=draws, method="BCa", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Interval(mean, float(low), float(high), v.size, failed, imputed)
+    found = stats.bootstrap((v,), np.mean, n_resamples=draws, method="BCa", rng=np.random.default_rng(0))
+    return Interval(mean, *map(float, found.confidence_interval), v.size, failed, imputed)
 
 
 class Paired(NamedTuple):
-    """a - b over units both have: its interval, the two-sided p of a sign-flip permutation, rank-biserial correlation.
-
-    rank_biserial: 1 where a is larger in every unit, -1 where b is; its size is that of the effect, free of units.
-    """
+    """a - b over units both have: its interval, the two-sided p of sign flips, and the rank-biserial correlation, 1
+    where a is larger in every unit, -1 where b is."""
 
     difference: Interval
     p: float
     rank_biserial: float
 
 
-def paired(a: ArrayLike, b: ArrayLike, units: Sequence[Hashable] | None = None, draws: int = DRAWS) -> Paired:
-    """Compare two columns measured on the same units, (V,) each, in the same order; failures of either are counted.
+def paired(a: ArrayLike, b: ArrayLike, units: Sequence[Hashable] | None = None, draws: int = 9999) -> Paired:
+    """Compare two columns (V,) of the same videos; failures of either are counted. NaN p and correlation below 2 units.
 
-    p and rank_biserial are NaN below 2 units. The permutations are all 2^U where that is no more than draws.
+    The flips are all 2^U where that is no more than draws.
     """
     from scipy import stats
 
@@ -110,8 +103,7 @@ def discoveries(p_values: ArrayLike, q: float = 0.05) -> NDArray[np.bool_]:
     from scipy import stats
 
     p = np.asarray(p_values, dtype=np.float64)
-    found = np.zeros(p.shape, dtype=bool)
-    known = np.isfinite(p)
+    found, known = np.zeros(p.shape, dtype=bool), np.isfinite(p)
     if known.any():
         found[known] = stats.false_discovery_control(p[known], method="bh") <= q
     return found

@@ -18,23 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vgr.data.files import atomic
+from vgr.data.files import write_text
 from vgr.data.filters import Meter
-from vgr.data.video import fitted, iter_video
+from vgr.data.video import iter_video
 from vgr.metrics import drift as drift_
 from vgr.metrics import features, image, shots
 from vgr.metrics.extractors import Extractor, clip_of
 from vgr.metrics.revisit import measure_revisit
-from vgr.report import poses
-from vgr.report.poses import Path
 from vgr.report.sets import VideoSet, fingerprint
-from vgr.report.table import FD
+from vgr.report.table import FD, POSE_ERRORS
 from vgr.seeding import derive_seed
 
 Array = NDArray[np.float64]
 Frames = NDArray[np.uint8]
-Look = Callable[[], Iterable[Frames]]  # every call gives the video's frames from the first
-_THUMB = 144  # shorter side of the pictures in which cuts are sought
+Path = tuple[Array, Array]  # c2w (F,4,4) and intrinsics (F,4)
 
 
 class Measured(NamedTuple):
@@ -58,6 +55,17 @@ class Job(NamedTuple):
     done: Callable[[int], None]
 
 
+class Video(NamedTuple):
+    """One video: its set's info; `look()` gives its frames from the first; their count, their rate, the cuts."""
+
+    key: str
+    info: dict[str, Any]
+    look: Callable[[], Iterable[Frames]]
+    count: int
+    fps: float
+    cuts: list[int]
+
+
 def measure_set(
     job: Job, row: str, videos: VideoSet, keys: Sequence[str], truth: VideoSet | None = None,
     paths: Mapping[str, Sequence[Path]] | None = None,
@@ -72,17 +80,18 @@ def measure_set(
                 "weights": {name: x.about for name, x in job.extractors.items()}}  # fmt: skip
 
     def one(index: int) -> Measured:
-        key = keys[index]
-        own, info = (paths or {}).get(key, ()), videos.info
-        files = [s.folder / f"{key}.mp4" for s in (videos, truth) if s is not None]
-        told = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-        told += [hashlib.sha256(a.tobytes()).hexdigest() for path in own for a in path]
+        key, info = keys[index], videos.info
+        own = (paths or {}).get(key, ())
+        data = [(s.folder / f"{key}.mp4").read_bytes() for s in (videos, truth) if s is not None]
+        told: list[Any] = [hashlib.sha256(x).hexdigest() for x in (*data, *(a.tobytes() for p in own for a in p))]
         told += [info.get("fps"), info.get("chunk_starts"), info.get("cuts", {}).get(key)]
-        mark, place = fingerprint({**settings, "inputs": told}), job.kept / row / f"{key}.npz"
+        mark, place = fingerprint({**settings, "inputs": told}), job.kept / row / f"{key}.json"
         found = _read(place, key, mark)
         if found is None:
             found = _measure(job, row, videos, key, index, truth, own)
-            _write(place, mark, found)
+            trend = found.drift and found.drift._asdict()
+            kept = {"mark": mark, "values": found.values, "drift": trend, "features": found.features}
+            write_text(place, json.dumps(kept, default=np.ndarray.tolist))
         job.done(1)
         return found
 
@@ -90,30 +99,55 @@ def measure_set(
         return list(pool.map(one, range(job.part[0], len(keys), job.part[1])))
 
 
+def _read(place: File, key: str, mark: str) -> Measured | None:
+    """What was kept of a video, None where that is nothing or was measured otherwise."""
+    kept = json.loads(place.read_text()) if place.is_file() else {}
+    if kept.get("mark") != mark:
+        return None
+    trend = kept["drift"]
+    if trend is not None:
+        trend |= {name: np.array(trend[name]) for name in ("times_J", "steps")}
+        trend = drift_.Drift(**trend | {"curve": {name: np.array(x) for name, x in trend["curve"].items()}})
+    return Measured(key, kept["values"], trend, {name: np.array(x) for name, x in kept["features"].items()})
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the code that measures: numbers of other code are measured again."""
+    here = File(__file__)
+    files = [*sorted((here.parents[1] / "metrics").glob("*.py")), here]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
 def _measure(
     job: Job, row: str, videos: VideoSet, key: str, index: int, truth: VideoSet | None, paths: Sequence[Path]
 ) -> Measured:
     if job.frames is None:
-        count, fps, cuts = _scan(iter_video(videos.folder / f"{key}.mp4"), "shots" in job.protocol)
+        place = videos.folder / f"{key}.mp4"
+        count, fps, cuts = _scan(iter_video(place), "shots" in job.protocol)
         fps = float(videos.info.get("fps") or fps)
-
-        def look() -> Iterable[Frames]:
-            return (frame for frame, _ in iter_video(videos.folder / f"{key}.mp4"))
-
-        values, trend = _trends(job, look, count, fps, cuts, videos.info, key)
-        values |= _structure(job, look, count, fps, cuts, paths[0] if paths else None)[0]
-        return Measured(key, values, trend, {})
+        seen = Video(key, videos.info, lambda: (frame for frame, _ in iter_video(place)), count, fps, cuts)
+        values, trend = _trends(job, seen)
+        return Measured(key, values | _structure(job, seen, paths)[0], trend, {})
     video, fps = videos.video(key, job.frames)
+    chance = np.random.default_rng(derive_seed(job.protocol["seed"], "clip", index))
     if row == "reference":
-        chance = np.random.default_rng(derive_seed(job.protocol["seed"], "clip", index))
-        return Measured(key, {}, None, all_features(job, video, chance=chance))
+        return Measured(key, {}, None, all_features(job, video, start=chance))
     cuts = _scan(((f, i / fps) for i, f in enumerate(video)), True)[2] if "shots" in job.protocol else []
-    values, trend = _trends(job, lambda: video, len(video), fps, cuts, videos.info, key)
+    seen = Video(key, videos.info, lambda: video, len(video), fps, cuts)
+    values, trend = _trends(job, seen)
     if truth is not None:
-        values |= _agreement(videos, truth, key, video)
-    for prefix, scores in zip(("", "other_"), poses.pose_values(video, paths) if paths else ()):
+        true = truth.video(key, job.frames)[0]
+        if video.shape != true.shape:
+            raise ValueError(
+                f"{videos.folder / key}.mp4 is {video.shape[2]}x{video.shape[1]}, the true video "
+                f"{true.shape[2]}x{true.shape[1]}; scale the videos to the data's size first"
+            )
+        values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
+        values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
+    for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
         values.update({prefix + k: v for k, v in scores.items()})
-    more, estimate = _structure(job, lambda: video, len(video), fps, cuts, paths[0] if paths else None)
+    more, estimate = _structure(job, seen, paths)
     values |= more
     if paths and "revisit" in job.protocol:
         found = measure_revisit(video, paths[0][0], fps, estimate, job.protocol["revisit"]["gap_s"])
@@ -122,7 +156,6 @@ def _measure(
         values["return_dropped"] = found.dropped / pairs if pairs and estimate is not None else np.nan
     table = all_features(job, video)
     if row == "truth":  # the control of distances' sense of time
-        chance = np.random.default_rng(derive_seed(job.protocol["seed"], "shuffle", index))
         table |= {f"shuffled {name}": x for name, x in all_features(job, video, shuffle=chance).items()}
     return Measured(key, values, trend, table)
 
@@ -135,72 +168,96 @@ def _scan(frames: Iterable[tuple[Frames, float]], find_cuts: bool) -> tuple[int,
     for frame, time_s in frames:
         times.append(time_s)
         if find_cuts:
-            scale = min(1.0, _THUMB / min(frame.shape[:2]))
-            size, _ = fitted(frame.shape[:2], tuple(max(8, round(scale * s)) for s in frame.shape[:2]))
-            meter.add(cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA))
+            width = max(16, round(48 * frame.shape[1] / frame.shape[0]))
+            meter.add(cv2.resize(frame, (width, 48), interpolation=cv2.INTER_AREA))
     meter.done()
     return len(times), (len(times) - 1) / max(times[-1] - times[0], 1e-9), meter.cuts
 
 
-def _trends(
-    job: Job, look: Look, count: int, fps: float, cuts: list[int], info: dict[str, Any], key: str
-) -> tuple[dict[str, float], drift_.Drift | None]:
+def _trends(job: Job, seen: Video) -> tuple[dict[str, float], drift_.Drift | None]:
+    """Of cuts and of trends within shots."""
     values: dict[str, float] = {}
     if "shots" in job.protocol:
-        values["cuts"] = float(len(cuts))
-        if (wanted := info.get("cuts", {}).get(key)) is not None:
-            values["sca"] = shots.shot_cut_accuracy(cuts, [c for c in wanted if c < count], count)
-    window, cuts = job.protocol["drift"]["window_s"], [c - 1 for c in cuts if c > 1]
-    edges = np.array([0, *cuts, count - 1]) / fps
-    if np.diff(edges).max() + 1e-6 < 3 * window:
+        values["cuts"] = float(len(seen.cuts))
+        if (wanted := seen.info.get("cuts", {}).get(seen.key)) is not None:
+            wanted = [c for c in wanted if c < seen.count]
+            values["sca"] = shots.shot_cut_accuracy(seen.cuts, wanted, seen.count)
+    window, cuts = job.protocol["drift"]["window_s"], [c - 1 for c in seen.cuts if c > 1]
+    longest = np.diff([0, *cuts, seen.count - 1]).max() / seen.fps
+    if longest + 1e-6 < 3 * window:
         return values, None
-    trend = drift_.measure_drift(islice(iter(look()), 1, None), fps, window, cuts)
+    trend = drift_.measure_drift(islice(iter(seen.look()), 1, None), seen.fps, window, cuts)
     for name in drift_.UNITS:
         values |= {f"{name}_per_s": trend.slope[name], f"{name}_end_minus_start": trend.start_end[name]}
     values |= {"motion_level": trend.level["motion"], "stagnation": drift_.stagnation(trend.curve["motion"])}
-    if starts := info.get("chunk_starts"):
+    if starts := seen.info.get("chunk_starts"):
         values["seam_ratio"] = drift_.seam_ratio(trend.steps, [s - 1 for s in starts if s > 1])
     return values, trend
 
 
-def _agreement(videos: VideoSet, truth: VideoSet, key: str, video: Frames) -> dict[str, float]:
-    true = truth.video(key, len(video))[0]
-    if video.shape != true.shape:
-        raise ValueError(
-            f"{videos.folder / key}.mp4 is {video.shape[2]}x{video.shape[1]}, the true video "
-            f"{true.shape[2]}x{true.shape[1]}; scale the videos to the data's size first"
-        )
-    return {name: float(f(video[1:], true[1:]).mean()) for name, f in (("psnr_db", image.psnr), ("ssim", image.ssim))}
+def pose_values(video: Frames, paths: Sequence[Path]) -> list[dict[str, float]]:
+    """The camera errors of one video against each (c2w, intrinsics); the flow is read once, with the first's."""
+    from vgr.metrics.egomotion import flow_rotation, score_motion
+
+    found = flow_rotation(video, paths[0][1])
+    scores = [score_motion(found, c2w) for c2w, _ in paths]
+    return [{**{k: float(s[k]) for k in POSE_ERRORS}, "pose_coverage": float(s["coverage"])} for s in scores]
 
 
-def _structure(
-    job: Job, look: Look, count: int, fps: float, cuts: list[int], path: Path | None
-) -> tuple[dict[str, float], Array | None]:
-    """Values of `poses.reconstructed` and the estimated path of every frame, NaN between keyframes."""
+def _structure(job: Job, seen: Video, paths: Sequence[Path]) -> tuple[dict[str, float], Array | None]:
+    """What structure from motion of keyframes gives, and the camera of every frame, between them interpolated.
+
+    Keyframes: of the longest shot, from its start. With a commanded path come errors, ours and by every published
+    convention, and its intrinsics where they do not change. Nothing where pictures are lower than `least_height`; a
+    reconstruction with a reason not to use it counts as not registered.
+    """
+    import cv2
     import torch
 
     from vgr.geometry.cameras import interpolate
+    from vgr.geometry.reconstruct import reconstruct
+    from vgr.metrics.camera_pose import pose_errors
+    from vgr.metrics.pose_conventions import KEYS, published_errors
 
-    if not (settings := job.protocol.get("pose")):
+    settings, edges = job.protocol.get("pose"), [0, *seen.cuts, seen.count]
+    if settings is None or next(iter(seen.look())).shape[0] < settings["least_height"]:
         return {}, None
-    at = poses.keyframes(cuts, count, fps, settings)
-    values, est = poses.reconstructed(look(), at, fps, path, settings)
-    if est is None:
-        return values, None
-    every, known = np.full((count, 4, 4), np.nan), np.isfinite(est).all((1, 2))
+    start, end = max(zip(edges, edges[1:]), key=lambda shot: shot[1] - shot[0])
+    at = list(range(start, end, max(1, round(seen.fps / settings["per_s"]))))[: settings["frames"]]
+    if paths and len(paths[0][0]) < seen.count:
+        raise ValueError(f"{seen.key}.mp4 has {seen.count} frames and {len(paths[0][0])} cameras; give one a frame")
+    if len(at) < 3:
+        return {}, None
+    small, wanted = [], set(at)
+    for frame in (f for i, f in enumerate(islice(iter(seen.look()), at[-1] + 1)) if i in wanted):
+        scale = min(1.0, settings["long_side"] / max(frame.shape[:2]))
+        size = tuple(round(scale * s) for s in frame.shape[1::-1])
+        small.append(cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame)
+    fixed = paths and np.ptp(paths[0][1][at], axis=0).max() < 1e-6
+    found = reconstruct(np.stack(small), paths[0][1][at[0]] if fixed else None, threads=settings["threads"])
+    est = np.full_like(found.c2w, np.nan) if found.reason else found.c2w
+    known = np.isfinite(est).all((1, 2))
+    values, every = {"sfm_coverage": float(known.mean())}, np.full((seen.count, 4, 4), np.nan)
     if known.sum() > 1:
-        own = np.array(at)[known]
-        between = torch.arange(own[0], own[-1] + 1)
-        every[between] = interpolate(torch.from_numpy(est[known]), torch.from_numpy(own), between).numpy()
+        values["sfm_fov_deg"] = float(np.rad2deg(2 * np.arctan(0.5 / found.intrinsics[0])))
+        own = torch.tensor(at)[torch.from_numpy(known)]
+        between = torch.arange(int(own[0]), int(own[-1]) + 1)
+        every[between] = interpolate(torch.from_numpy(est[known]), own, between).numpy()
+    if paths:
+        errors = pose_errors(est, paths[0][0][at])
+        values |= {key: float(errors[key]) for key in ("rot_imputed_deg", "trans_imputed", "path_length_ratio")}
+        for name, keys in KEYS.items():
+            errors = published_errors(est, paths[0][0][at], name)
+            values |= {f"{name}_{key}": float(errors[key]) for key in keys}
     return values, every
 
 
 def all_features(
-    job: Job, video: Frames, shuffle: np.random.Generator | None = None, chance: np.random.Generator | None = None
+    job: Job, video: Frames, shuffle: np.random.Generator | None = None, start: np.random.Generator | None = None
 ) -> dict[str, Array]:
     """Distance -> features (rows, D) of a video without its first frame: of windows, or of one clip for networks.
 
-    shuffle: with the frames of each window or clip shuffled. chance: draws where a true video's clip starts.
+    shuffle: with the frames of each window or clip shuffled. start: draws where a true video's clip starts.
     """
     def mixed(clip: Frames) -> Frames:
         return shuffle.permutation(clip) if shuffle else clip
@@ -208,39 +265,6 @@ def all_features(
     windows = features.windows(video[1:], job.protocol["frechet"]["window_frames"])
     found = {FD: np.array([features.clip_features(mixed(w)) for w in windows])}
     for name, network in job.extractors.items():
-        clip = clip_of(video[1:], network.frames, job.protocol["fvd"]["stride"], chance)
+        clip = clip_of(video[1:], network.frames, job.protocol["fvd"]["stride"], start)
         found[name] = np.zeros((0, 0)) if clip is None else network.features(mixed(clip)[None])
     return found
-
-
-@functools.cache
-def _code() -> str:
-    """A hash of the code that measures: numbers of other code are measured again."""
-    here = File(__file__).parent
-    files = [*sorted((here.parent / "metrics").glob("*.py")), here / "measure.py", here / "poses.py"]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-
-
-def _write(place: File, mark: str, found: Measured) -> None:
-    head: dict[str, Any] = {"mark": mark, "values": found.values, "features": list(found.features)}
-    arrays = {f"features.{name}": x for name, x in found.features.items()}
-    if (trend := found.drift) is not None:
-        head["drift"] = {"slope": trend.slope, "level": trend.level, "start_end": trend.start_end}
-        arrays |= {"times": trend.times_J, "steps": trend.steps, **{f"curve.{k}": x for k, x in trend.curve.items()}}
-    with atomic(place) as file:
-        np.savez(file, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
-
-
-def _read(place: File, key: str, mark: str) -> Measured | None:
-    """What `_write` kept, None where there is nothing or something measured otherwise."""
-    if not place.is_file():
-        return None
-    with np.load(place, allow_pickle=False) as file:
-        head = json.loads(file["head"].tobytes())
-        if head["mark"] != mark:
-            return None
-        trend = None
-        if told := head.get("drift"):
-            curve = {name: file[f"curve.{name}"] for name in told["slope"]}
-            trend = drift_.Drift(**told, times_J=file["times"], curve=curve, steps=file["steps"])
-        return Measured(key, head["values"], trend, {name: file[f"features.{name}"] for name in head["features"]})

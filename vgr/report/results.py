@@ -100,7 +100,6 @@ def _results(
         "checks": {name: check for name, check in checks.items() if check is not None},
         "curves": summary.curves(rows),
         "drift": summary.drift_table(rows),
-        "survival": summary.survival(rows),
         "unavailable": unavailable(cells["model"], protocol, truth is None, not known, any(paths.values()), lacking),
     }  # fmt: skip
     return found, [
@@ -117,47 +116,37 @@ def write(out: Path, found: dict[str, Any], per_video: list[dict[str, Any]]) -> 
 
 
 def unavailable(
-    cells: dict[str, Any], protocol: dict[str, Any], no_truth: bool, no_reference: bool, cameras: bool,
+    cells: dict[str, Any] | None, protocol: dict[str, Any], no_truth: bool, no_reference: bool, cameras: bool,
     lacking: dict[str, dict[str, str]],
 ) -> dict[str, dict[str, str]]:  # fmt: skip
-    """Why a metric has no value here, and what would give it one: the first reason that applies."""
-    sfm, speed = ("rot_imputed_deg", "trans_imputed"), ("frames_per_s", "first_frame_s", "steady_frames_per_s")
-    found = empty_columns(protocol, no_truth, no_reference, cameras, lacking)
-    for names, why, get in (
-        (sfm, "pictures are too small for structure from motion", "videos of at least pose.least_height pixels"),
-        ((*POSE_ERRORS, "pose_coverage"), "on these true videos the estimator does not tell a clip's own camera from "
-         "another's", "larger or sharper videos, more motion, or more clips"),
-        (("memory_db",), "no path comes back to a view it left", "clips whose cameras return"),
-        (speed, "set.json has no timings", "add timings, see vgr/report/sets.py"),
-        (("drift",), "videos hold fewer than three windows", "longer videos, or a smaller drift.window_s"),
-    ):  # fmt: skip
-        found = {name: {"why": why, "get": get} for name in names} | found
-    return {name: reason for name, reason in found.items() if name not in cells}
-
-
-def empty_columns(
-    protocol: dict[str, Any], no_truth: bool, no_reference: bool, cameras: bool, lacking: dict[str, dict[str, str]]
-) -> dict[str, dict[str, str]]:
-    """Metric -> why it will have no value and what would give it one, as far as that is known before measuring."""
-    sfm = ("rot_imputed_deg", "trans_imputed")
+    """Why a metric has no value and what would give it one: the first reason that applies; cells None: as far as that
+    is known before measuring."""
+    pose, sfm, networks = (*POSE_ERRORS, "pose_coverage"), ("rot_imputed_deg", "trans_imputed"), "fvd" not in protocol
+    after = cells is not None
     reasons = (
-        ("fvd" not in protocol, ("fvd",), "only I3D features make an FVD, and this protocol has none",
+        (networks, ("fvd",), "only I3D features make an FVD, and this protocol has none",
          f"choose protocol=standard and {extractors.WEIGHTS['fvd'][1]}"),
-        ("fvd" not in protocol, ("fd_videomae",), "this protocol has no networks", "choose protocol=standard"),
+        (networks, ("fd_videomae",), "this protocol has no networks", "choose protocol=standard"),
         *((True, (name,), reason["why"], reason["get"]) for name, reason in lacking.items()),
         (True, ("lpips",), "its AlexNet weights are no part of this protocol",
          "get alexnet-owt-7be5be79.pth (233 MB) from download.pytorch.org/models; the full suite uses it"),
         (no_truth, ("psnr_db", "ssim", "drift", "time_to_failure_s"), "no true videos to compare with",
-         "give data=<val shards>"),
+         "give shards=<val shards>"),
         (no_reference, (FD, "fvd", "fd_videomae"), "too few true clips beside those measured, or too short ones",
-         "give data= with half as many further clips, longer than frechet.window_frames, or statistics="),
+         "give shards= with half as many further clips, longer than frechet.window_frames, or statistics="),
         ("pose" not in protocol, sfm, "this protocol has no structure from motion",
          "choose protocol=standard or general"),
         ("revisit" not in protocol, ("memory_db",), "this protocol has no returns", "choose protocol=standard"),
-        (not cameras, (*POSE_ERRORS, "pose_coverage", *sfm, "memory_db"), "no cameras", "add <key>.cameras.npz"),
+        (not cameras, (*pose, *sfm, "memory_db"), "no cameras", "add <key>.cameras.npz"),
+        (after, sfm, "pictures are too small for structure from motion", "videos of pose.least_height pixels or more"),
+        (after, pose, "on these true videos the estimator does not tell a clip's own camera from another's",
+         "larger or sharper videos, more motion, or more clips"),
+        (after, ("memory_db",), "no path comes back to a view it left", "clips whose cameras return"),
+        (after, ("frames_per_s", "first_frame_s"), "set.json has no timings", "add timings, see vgr/report/sets.py"),
+        (after, ("drift",), "videos hold fewer than three windows", "longer videos, or a smaller drift.window_s"),
     )  # fmt: skip
     found: dict[str, dict[str, str]] = {}
     for applies, names, why, get in reasons:
         for name in names if applies else ():
             found.setdefault(name, {"why": why, "get": get})
-    return found
+    return {name: reason for name, reason in found.items() if name not in (cells or {})}

@@ -72,16 +72,9 @@ def true_sets(
 
 
 def make_rows(
-    protocol: dict[str, Any],
-    out: Path,
-    generator: Any,
-    truth: VideoSet,
-    clips: list[Clip],
-    frames: int,
-    batch: int,
-    done: Done,
-    part: tuple[int, int] = (0, 1),
-) -> dict[str, VideoSet]:
+    protocol: dict[str, Any], out: Path, generator: Any, truth: VideoSet, clips: list[Clip], frames: int, batch: int,
+    done: Done, part: tuple[int, int] = (0, 1),
+) -> dict[str, VideoSet]:  # fmt: skip
     """Codec, model and swapped rows, made where missing; the first part measures speed, once.
 
     generator: see vgr.generator.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
@@ -96,9 +89,8 @@ def make_rows(
     mine = clips[part[0] :: part[1]]
     height, width = truth.video(mine[0].key)[0].shape[1:3]
     if (height, width) != tuple(generator.size_hw):
-        raise ValueError(
-            f"data is {width}x{height}, the checkpoint makes {generator.size_hw[1]}x{generator.size_hw[0]}"
-        )
+        made = "x".join(map(str, generator.size_hw[::-1]))
+        raise ValueError(f"data is {width}x{height}, the checkpoint makes {made}")
 
     def generate(group: list[Clip], watch: frame_rate.Watch | None = None) -> tuple[Frames, dict[str, float]]:
         first = np.stack([truth.video(c.key)[0][0] for c in group])
@@ -113,10 +105,8 @@ def make_rows(
         return generator(first, Cameras(c2w, intrinsics), texts, seeds, watch=watch, shot=shot)
 
     source = {"codec": generator.codec.fingerprint, "truth": truth.info["fingerprint"], "frames": frames}
-    by = {
-        **source, "name": generator.name, "weights": generator.weights_hash, "sampling": generator.sampling,
-        "protocol": protocol["sha256"],
-    }  # fmt: skip
+    by = {**source, "name": generator.name, "weights": generator.weights_hash, "sampling": generator.sampling,
+          "protocol": protocol["sha256"]}  # fmt: skip
     turned = clips[len(clips) // 2 :] + clips[: len(clips) // 2]
     others = [c._replace(c2w=o.c2w, intrinsics=o.intrinsics) for c, o in zip(clips, turned)]
     rows = {}
@@ -126,9 +116,8 @@ def make_rows(
         ("swapped", by, others, lambda group: generate(group)[0]),
     ):
         told = {} if row == "codec" else {"chunk_starts": _chunk_starts(generator, frames)}
-        rows[row] = fill_set(
-            out / row, {**made_by, "row": row}, fps, asked, make, batch=batch, part=part, told=told, done=done
-        )
+        given = out / row, {**made_by, "row": row}, fps, asked, make
+        rows[row] = fill_set(*given, batch=batch, part=part, told=told, done=done)
     info, speed = rows["model"].info, protocol["frame_rate"]
     if part[0] == 0 and not timings(out / "model", info):
         calls = [lambda watch, c=c: generate([c], watch) for c in mine[: speed["requests"]]]
@@ -158,8 +147,8 @@ def frozen_row(
         return [np.repeat(truth.video(c.key)[0][:1], frames, axis=0) for c in group]
 
     made_by = {"row": "frozen", "truth": truth.info["fingerprint"], "frames": frames}
-    fps = float(truth.info["fps"])
-    return fill_set(out / "frozen", made_by, fps, clips, repeat, batch=batch, part=part, done=done)
+    given = out / "frozen", made_by, float(truth.info["fps"]), clips, repeat
+    return fill_set(*given, batch=batch, part=part, done=done)
 
 
 def _round_trip(generator: Any, truth: VideoSet, group: list[Clip], frames: int) -> Frames:

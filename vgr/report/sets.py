@@ -97,17 +97,10 @@ def fingerprint(made_by: dict[str, Any]) -> str:
 
 
 def fill_set(
-    folder: Path,
-    made_by: dict[str, Any],
-    fps: float,
-    clips: Sequence[Clip],
-    make: Callable[[list[Clip]], Sequence[Frames | bytes]],
-    *,
-    batch: int = 8,
-    part: tuple[int, int] = (0, 1),
-    told: dict[str, Any] | None = None,
-    done: Callable[[int], None],
-) -> VideoSet:
+    folder: Path, made_by: dict[str, Any], fps: float, clips: Sequence[Clip],
+    make: Callable[[list[Clip]], Sequence[Frames | bytes]], *, batch: int = 8, part: tuple[int, int] = (0, 1),
+    told: dict[str, Any] | None = None, done: Callable[[int], None],
+) -> VideoSet:  # fmt: skip
     """Make the videos of this part of a set that are not there yet and return the whole set.
 
     make: clips -> frames (F,H,W,3), or the bytes of an mp4, each. Videos made by something else than

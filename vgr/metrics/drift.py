@@ -85,9 +85,10 @@ def _window_means(times: Array, values: Array, edges: Array) -> Array:
 
 
 def _start_end(times: Array, values: Array, start: float, end: float) -> float:
-    reach = max(ENDS * (end - start), float(times[1] - times[0])) + 1e-9
-    first = (times >= start) & (times <= start + reach)
-    return float(values[(times <= end) & (times >= end - reach)].mean() - values[first].mean())
+    reach = max(ENDS * (end - start), float(times[1] - times[0]))
+    after, before = times - start, end - times
+    ends = [values[(x > -1e-6) & (x < reach + 1e-6)].mean() for x in (before, after)]
+    return float(ends[0] - ends[1])
 
 
 def frame_statistics(

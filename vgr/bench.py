@@ -60,8 +60,10 @@ def body(cfg: DictConfig) -> None:
     if generator and not data:
         raise ValueError("shards=null and the checkpoint names no validation shards; give shards=<val shards folder>")
     if data and protocol["frames"] is None:
-        raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave shards out or choose another")
+        raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave shards out or take another")
     weights, statistics = Path(cfg.weights), Path(cfg.statistics) if cfg.statistics else None
+    if statistics and not statistics.is_dir():
+        raise ValueError(f"statistics={statistics} is no folder; give the statistics/ of another run's results")
     if cfg.check:
         cameras = data is not None or any(videos.folder.glob("*.cameras.npz"))
         print("\n".join(check(protocol, weights, data, cameras, statistics)))

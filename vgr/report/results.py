@@ -44,13 +44,12 @@ def measure(
         known = {name: tables for name, tables in known.items() if sum(map(len, tables)) > 1}
     if job.part[1] > 1:
         return None
-    for name in about(job) if job.frames is not None else ():
-        path = Path(statistics or out / "statistics") / f"{name}.npz"
-        if statistics is not None and path.is_file():
-            known[name] = Moments.load(path, about(job)[name])
+    for name, told in about(job).items() if job.frames is not None else ():
+        if statistics is not None and (path := statistics / f"{name}.npz").is_file():
+            known[name] = Moments.load(path, told)
         elif name in known:
-            with atomic(path) as file:
-                summary.moments(known[name]).save(file, about(job)[name])
+            with atomic(out / "statistics" / f"{name}.npz") as file:
+                summary.moments(known[name]).save(file, told)
     return _results(job, sets, rows, keys, known, paths, lacking or {})
 
 

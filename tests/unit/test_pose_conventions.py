@@ -1,5 +1,6 @@
 """Published camera errors by name: closed forms, the published formulas written out, evo as a program of its own."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -157,3 +158,46 @@ def test_errors_are_evos(tmp_path):
     assert turned_by["mean"] == pytest.approx(ours["rpe_rot_mean_deg"], abs=1e-6)
     rigid = trajectory_errors(estimate, reference, align="se3")
     assert evo("evo_ape", tmp_path, "-a")["rmse"] == pytest.approx(rigid["ate_rmse"], abs=1e-6)
+
+
+# ------------------------------------------------------- golden values (specs/benchmarks 9) on evo's own test data
+
+GOLDEN = [
+    ("freiburg1_xyz-groundtruth", "freiburg1_xyz-rgbdslam_drift", "se3", 785, {"ate_rmse": 0.013470}),
+    ("freiburg1_xyz-groundtruth", "freiburg1_xyz-rgbdslam", "se3", 785,
+     {"ate_rmse": 0.013470, "rpe_trans_rmse": 0.005764, "rpe_rot_mean_deg": 0.300307}),
+    ("freiburg1_xyz-groundtruth", "freiburg1_xyz-rgbdslam", "none", 785, {"ate_rmse": 0.020079}),
+    ("freiburg1_xyz-groundtruth", "freiburg1_xyz-ORB_kf_mono", "sim3", 32,
+     {"ate_rmse": 0.009755, "rpe_rot_mean_deg": 0.787725}),
+    ("fr2_desk_groundtruth", "fr2_desk_ORB_kf_mono", "sim3", 118, {"ate_rmse": 0.007729}),
+    ("fr2_desk_groundtruth", "fr2_desk_ORB", "sim3", 2174, {"ate_rmse": 0.006123}),
+    ("KITTI_00_gt", "KITTI_00_ORB", "se3", 4541, {"ate_rmse": 1.303450}),
+    ("KITTI_00_gt", "KITTI_00_ORB", "sim3", 4541, {"ate_rmse": 0.937709}),
+    ("KITTI_00_gt", "KITTI_00_SPTAM", "se3", 4541, {"ate_rmse": 3.738488}),
+]  # fmt: skip
+
+
+def recorded(folder, name):
+    """Times and poses of a TUM file, or of a KITTI one, whose rotations are written with few digits."""
+    table = np.loadtxt(Path(folder) / f"{name}.txt")
+    c2w = np.tile(np.eye(4), (len(table), 1, 1))
+    if table.shape[1] == 12:
+        c2w[:, :3] = table.reshape(-1, 3, 4)
+        u, _, vt = np.linalg.svd(c2w[:, :3, :3])
+        c2w[:, :3, :3] = u @ vt
+        return np.arange(len(table)), c2w
+    c2w[:, :3, 3], c2w[:, :3, :3] = table[:, 1:4], Rotation.from_quat(table[:, 4:8]).as_matrix()
+    return table[:, 0], c2w
+
+
+@pytest.mark.skipif("EVO_TEST_DATA" not in os.environ, reason="EVO_TEST_DATA=<test/data of evo's source archive>")
+@pytest.mark.parametrize(("truth", "estimate", "align", "count", "want"), GOLDEN)
+def test_golden_values(truth, estimate, align, count, want):
+    (t_ref, ref), (t_est, est) = (recorded(os.environ["EVO_TEST_DATA"], name) for name in (truth, estimate))
+    near = np.abs(t_ref[:, None] - t_est)  # as evo: each time of the shorter path takes the nearest of the longer
+    i, j = np.arange(len(t_ref)), np.arange(len(t_est))
+    pairs = np.stack([near.argmin(0), j] if len(t_est) <= len(t_ref) else [i, near.argmin(1)])
+    pairs = pairs[:, near[tuple(pairs)] <= 0.01]
+    assert pairs.shape[1] == count
+    got = trajectory_errors(est[pairs[1]], ref[pairs[0]], align=align)
+    assert {k: got[k] for k in want} == pytest.approx(want, abs=6e-7)

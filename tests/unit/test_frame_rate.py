@@ -51,7 +51,7 @@ def test_known_latencies_are_reported_and_warm_up_left_out():
     memory = {f"memory_{x}_gb" for x in ("host", "device", "allocated", "reserved")}
     assert set(got) - set(want) <= {"memory_gb_per_min", *memory}
     assert all(x > 0.01 for x in got["memory_host_gb"])
-    assert chunk_latencies(timings) == pytest.approx([0.6] * 15)
+    assert chunk_latencies(timings) == pytest.approx([0.6] * 12)
 
 
 def test_faster_than_playback_is_never_late_and_a_batch_counts_all_its_videos():
@@ -59,7 +59,25 @@ def test_faster_than_playback_is_never_late_and_a_batch_counts_all_its_videos():
     got = summarize(measure_requests([Fake(clock, denoise=(0.1,) * 6, videos=3)], 0, clock), FPS)
     assert got["late_share"] == [0.0] and got["frames_per_s"] == pytest.approx([72 / 1.5])
     assert got["realtime_factor"] == pytest.approx([2.4 / 1.5])
-    assert got["steady_frames_per_s"] == pytest.approx([60 / 1.0])
+    assert got["steady_frames_per_s"] == pytest.approx([48 / 0.8])
+
+
+def test_a_first_frame_handed_over_early_is_no_chunk_and_a_video_made_at_once_has_no_steady_rate():
+    clock, ends = Clock(), (1.0, 1.1, 1.6, 2.1)
+
+    def request(watch, counts=(1, 3, 4, 4)):
+        start = clock.now
+        for end, count in zip(ends, counts):
+            clock.now = start + end
+            watch(np.zeros((1, count, 4, 4, 3), np.uint8))
+        return np.zeros((1, sum(counts), 4, 4, 3), np.uint8), {}
+
+    timings = measure_requests([request], 0, clock)
+    got = summarize(timings, FPS)
+    assert got["first_frame_s"] == pytest.approx([1.0]) and chunk_latencies(timings) == pytest.approx([0.5, 0.5])
+    assert got["steady_frames_per_s"] == pytest.approx([8 / 1.0])
+    at_once = measure_requests([lambda watch: request(watch, (1, 11))], 0, clock)
+    assert "steady_frames_per_s" not in summarize(at_once, FPS) and chunk_latencies(at_once).size == 0
 
 
 def test_a_rollout_that_slows_down_has_the_slope_it_was_given():

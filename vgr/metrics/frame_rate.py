@@ -80,7 +80,7 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
     """Per-request values by metric name, from timings as far as they go; those of older sets have first_frame_s.
 
     first_frame_s: request (text not yet encoded) to the first frames on the host. frames_per_s: all frames by the whole
-    time; steady_: those after the first piece by their time; denoise_: by denoising alone. realtime_factor: seconds of
+    time; steady_: those after the second piece by their time; denoise_: by denoising alone. realtime_factor: seconds of
     one video by the whole time. late_share: pieces that arrive after a player that began with the first would show
     them. latency_s_per_min, memory_gb_per_min: Theil-Sen slopes over the rollout of the time a piece takes and of what
     is held. memory_*_gb as `memory_bytes`.
@@ -98,13 +98,13 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
             add("frames_per_s", t["frames"] / t["wall_s"])
             add("realtime_factor", t["frames"] / t.get("videos", 1) / fps / t["wall_s"])
         add("denoise_frames_per_s", t["frames"] / t["denoise_s"] if t.get("denoise_s") else np.nan)
-        if len(pieces) > 1:
+        if len(pieces) > 2:
             times, counts = pieces.T
-            add("steady_frames_per_s", counts[1:].sum() * t.get("videos", 1) / max(times[-1] - times[0], 1e-12))
+            add("steady_frames_per_s", counts[2:].sum() * t.get("videos", 1) / max(times[-1] - times[1], 1e-12))
             shown = times[0] + np.cumsum(counts)[:-1] / fps
             add("late_share", (times[1:] > shown + 1e-9).mean())
-        if len(pieces) > 3:
-            add("latency_s_per_min", _slope(times[1:] / 60, np.diff(times)))
+        if len(pieces) > 4:
+            add("latency_s_per_min", _slope(times[2:] / 60, np.diff(times)[1:]))
             add("memory_gb_per_min", _slope(times / 60, np.array(t["held_bytes"]) / 1e9))
         for name, value in t.get("memory_bytes", {}).items():
             add(f"memory_{name}_gb", value / 1e9)
@@ -112,8 +112,9 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
 
 
 def chunk_latencies(timings: Sequence[Timing]) -> NDArray[np.float64]:
-    """Seconds from one piece's arrival to the next's, of all requests; the first piece, which waits, is not one."""
-    return np.concatenate([np.diff([a for a, _ in t.get("arrivals", ())]) for t in timings] or [np.zeros(0)])
+    """Seconds from one piece's arrival to the next's, of all requests, from the second on: a first frame may be handed
+    over before the rest of its chunk."""
+    return np.concatenate([np.diff([a for a, _ in t.get("arrivals", ())])[1:] for t in timings] or [np.zeros(0)])
 
 
 def percentile_intervals(latencies_N: Sequence[float], draws: int = 2000) -> dict[str, Interval]:

@@ -12,7 +12,6 @@ part= the same command then finds all of it and writes the results.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import platform
 import re
 import subprocess
@@ -103,17 +102,6 @@ def load_protocol(name: str) -> dict[str, Any]:
     return {**protocol, "sha256": hashlib.sha256(text).hexdigest()}
 
 
-def lacking(protocol: dict[str, Any], weights: Path) -> dict[str, dict[str, str]]:
-    """Metric -> why what it needs beside videos is not here, and how to get it."""
-    from vgr.metrics import extractors
-
-    found = extractors.missing(weights) if "fvd" in protocol else {}
-    if "pose" in protocol and importlib.util.find_spec("pycolmap") is None:
-        reason = {"why": "pycolmap is not installed", "get": "pip install 'vgr[video]'"}
-        found |= dict.fromkeys(("sfm_coverage", "rot_imputed_deg", "trans_imputed"), reason)
-    return found
-
-
 def check(
     protocol: dict[str, Any], weights: Path, data: str | None, cameras: bool, statistics: Path | None
 ) -> list[str]:
@@ -121,13 +109,12 @@ def check(
     from vgr.metrics import extractors
     from vgr.report import results
 
-    missing = lacking(protocol, weights)
-    lines = [f"protocol {protocol['name']}, sha256 {protocol['sha256']}"]
+    missing, lines = extractors.missing(weights), [f"protocol {protocol['name']}, sha256 {protocol['sha256']}"]
     for name, (file, how) in extractors.WEIGHTS.items() if "fvd" in protocol else ():
         lines.append(f"{name}: no {weights / file}; {how}" if name in missing else f"{name}: {weights / file} is there")
     lines.append(f"true videos: {data or 'none; give shards=<val shards>'}")
     lines.append(f"cameras: {'there' if cameras else 'none; add <key>.cameras.npz'}")
-    empty = results.unavailable(None, protocol, data is None, not (data or statistics), cameras, missing)
+    empty = results.unavailable(None, protocol, data is not None, bool(data or statistics), cameras, weights)
     return lines + [f"empty: {name}: {reason['why']}" for name, reason in empty.items()]
 
 
@@ -171,14 +158,11 @@ def bench(
                 sets |= rows_.make_rows(protocol, out, generator, sets["truth"], clips, frames, batch, done, part)
             sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done, part)
     sets = {name: sets[name] for name in rows_.LABELS if name in sets}
-    missing = lacking(protocol, weights)
-    if "sfm_coverage" in missing:
-        protocol = {k: v for k, v in protocol.items() if k != "pose"}
     networks = extractors.load(weights, protocol["fvd"]["frames"], device) if "fvd" in protocol else {}
     total = len(keys) * len(sets) + (len(reference.keys) if reference else 0)
     with progress(total, "measuring") as done:
         job = measure.Job(protocol, frames, networks, out / "measured", part, done)
-        found = results.measure(job, sets, keys, reference, out, statistics, missing)
+        found = results.measure(job, sets, keys, reference, out, weights, statistics)
     if found is None:
         return None
     written = {"format": 1, **environment(), **found[0]}

@@ -65,21 +65,12 @@ def published_errors(estimated_c2w: ArrayLike, reference_c2w: ArrayLike, convent
 
 
 def least_distance_scale(est_F3: Array, ref_F3: Array) -> float:
-    """The c that minimises sum |ref - c est| (not squared): convex, and between its terms' own minimisers."""
+    """The c that minimises sum |ref - c est| (not squared), which is convex; 1 for an estimate that stands still."""
     from scipy.optimize import minimize_scalar
 
-    square = (est_F3**2).sum(1)
-    moved = square > 1e-24
-    own = (est_F3 * ref_F3).sum(1)[moved] / square[moved]
-    if not moved.any():
+    if np.abs(est_F3).max() < 1e-12:
         return 1.0
-    if np.ptp(own) < 1e-12:
-        return float(own[0])
-    found = minimize_scalar(
-        lambda c: np.linalg.norm(ref_F3 - c * est_F3, axis=1).sum(), bounds=(own.min(), own.max()), method="bounded",
-        options={"xatol": 1e-10 * np.ptp(own)},
-    )  # fmt: skip
-    return float(found.x)
+    return float(minimize_scalar(lambda c: np.linalg.norm(ref_F3 - c * est_F3, axis=1).sum(), tol=1e-10).x)
 
 
 def _extrinsics_aligned(est: Array, ref: Array) -> tuple[Array, float]:

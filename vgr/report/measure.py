@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -220,13 +221,13 @@ def _structure(job: Job, seen: Video, paths: Sequence[Path]) -> tuple[dict[str, 
     from vgr.metrics.pose_conventions import KEYS, published_errors
 
     settings, edges = job.protocol.get("pose"), [0, *seen.cuts, seen.count]
-    if settings is None or next(iter(seen.look())).shape[0] < settings["least_height"]:
+    if settings is None or importlib.util.find_spec("pycolmap") is None:
         return {}, None
     start, end = max(zip(edges, edges[1:]), key=lambda shot: shot[1] - shot[0])
     at = list(range(start, end, max(1, round(seen.fps / settings["per_s"]))))[: settings["frames"]]
     if paths and len(paths[0][0]) < seen.count:
         raise ValueError(f"{seen.key}.mp4 has {seen.count} frames and {len(paths[0][0])} cameras; give one a frame")
-    if len(at) < 3:
+    if len(at) < 3 or next(iter(seen.look())).shape[0] < settings["least_height"]:
         return {}, None
     small, wanted = [], set(at)
     for frame in (f for i, f in enumerate(islice(iter(seen.look()), at[-1] + 1)) if i in wanted):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from pathlib import Path
+from pathlib import Path as File
 from typing import Any
 
 from vgr.data.files import atomic, write_json, write_text
@@ -13,20 +14,20 @@ from vgr.report import measure as m
 from vgr.report import summary
 from vgr.report.rows import LABELS
 from vgr.report.sets import VideoSet, timings
-from vgr.report.table import FD, METRICS, POSE_ERRORS
+from vgr.report.table import FD, METRICS
 
 SHOWN_S = 12.0  # of videos measured whole, what a page shows
 
 
 def measure(
-    job: m.Job, sets: dict[str, VideoSet], keys: list[str], reference: VideoSet | None, out: Path,
-    statistics: Path | None = None, lacking: dict[str, dict[str, str]] | None = None,
+    job: m.Job, sets: dict[str, VideoSet], keys: list[str], reference: VideoSet | None, out: File,
+    weights: File, statistics: File | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:  # fmt: skip
     """Measure all rows. Returns (the content of results.json, the lines of videos.jsonl); None of one part of many.
 
     The pose estimator is checked on the true videos first: a metric by which it cannot tell the video's own
     camera from another clip's is reported as unavailable, not as a number. statistics: a folder of moments of true
-    features, in place of a reference; lacking: metrics whose weights are not there, and why.
+    features, in place of a reference; weights: the networks' folder.
     """
     protocol, truth = job.protocol, sets.get("truth")
     source = truth or sets["model"]
@@ -50,7 +51,7 @@ def measure(
         elif name in known:
             with atomic(out / "statistics" / f"{name}.npz") as file:
                 summary.moments(known[name]).save(file, told)
-    return _results(job, sets, rows, keys, known, paths, lacking or {})
+    return _results(job, sets, rows, keys, known, paths, weights)
 
 
 def about(job: m.Job) -> dict[str, dict[str, Any]]:
@@ -61,7 +62,7 @@ def about(job: m.Job) -> dict[str, dict[str, Any]]:
 
 def _results(
     job: m.Job, sets: dict[str, VideoSet], rows: summary.Rows, keys: list[str], known: dict[str, Any],
-    paths: dict[str, list[m.Path]], lacking: dict[str, dict[str, str]],
+    paths: dict[str, list[m.Path]], weights: File,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     protocol, truth, info = job.protocol, sets.get("truth"), sets["model"].info
     source, checks = truth or sets["model"], {}
@@ -99,7 +100,9 @@ def _results(
         "checks": {name: check for name, check in checks.items() if check is not None},
         "curves": summary.curves(rows),
         "drift": summary.drift_table(rows),
-        "unavailable": unavailable(cells["model"], protocol, truth is None, not known, any(paths.values()), lacking),
+        "unavailable": unavailable(
+            cells["model"], protocol, truth is not None, bool(known), any(paths.values()), weights
+        ),
     }  # fmt: skip
     return found, [
         {"row": row, "key": v.key, **{k: summary.number(x) for k, x in v.values.items()}}
@@ -108,44 +111,50 @@ def _results(
     ]
 
 
-def write(out: Path, found: dict[str, Any], per_video: list[dict[str, Any]]) -> None:
+def write(out: File, found: dict[str, Any], per_video: list[dict[str, Any]]) -> None:
     """results.json and videos.jsonl in `out`, each replaced whole."""
     write_text(out / "videos.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in per_video))
     write_json(out / "results.json", found)
 
 
+# What metrics need: why there is none, and what to do. Those of the second line are known only after measuring.
+NEEDS = {
+    "truth": ("no true videos to compare with", "give shards=<val shards>"),
+    "reference": ("too few true clips beside those measured, or too short ones",
+                  "give shards= with half as many further clips, longer than frechet.window_frames, or statistics="),
+    "networks": ("only I3D features make an FVD, and this protocol has no networks", "choose protocol=standard"),
+    "lpips": ("its AlexNet weights are no part of any protocol yet",
+              "get alexnet-owt-7be5be79.pth (233 MB) from download.pytorch.org/models"),
+    "cameras": ("no cameras", "add <key>.cameras.npz"),
+    "mapping": ("this protocol has no structure from motion", "choose protocol=standard or general"),
+    "pycolmap": ("pycolmap is not installed", "pip install 'vgr[video]'"),
+    "returns": ("this protocol has no returns", "choose protocol=standard"),
+}  # fmt: skip
+NEEDS_AFTER = {
+    "windows": ("videos hold fewer than three windows", "longer videos, or a smaller drift.window_s"),
+    "telling": ("on these true videos the estimator does not tell a clip's own camera from another's",
+                "larger or sharper videos, more motion, or more clips"),
+    "size": ("pictures are too small for structure from motion", "videos of pose.least_height pixels or more"),
+    "returning": ("no path comes back to a view it left", "clips whose cameras return"),
+    "timings": ("set.json has no timings", "add timings, see vgr/report/sets.py"),
+}  # fmt: skip
+
+
 def unavailable(
-    cells: dict[str, Any] | None, protocol: dict[str, Any], no_truth: bool, no_reference: bool, cameras: bool,
-    lacking: dict[str, dict[str, str]],
-) -> dict[str, dict[str, str]]:  # fmt: skip
-    """Why a metric has no value and what would give it one: the first reason that applies; cells None: as far as that
-    is known before measuring."""
-    pose, sfm, networks = (*POSE_ERRORS, "pose_coverage"), ("rot_imputed_deg", "trans_imputed"), "fvd" not in protocol
-    after = cells is not None
-    reasons = (
-        (networks, ("fvd",), "only I3D features make an FVD, and this protocol has none",
-         f"choose protocol=standard and {extractors.WEIGHTS['fvd'][1]}"),
-        (networks, ("fd_videomae",), "this protocol has no networks", "choose protocol=standard"),
-        *((True, (name,), reason["why"], reason["get"]) for name, reason in lacking.items()),
-        (True, ("lpips",), "its AlexNet weights are no part of this protocol",
-         "get alexnet-owt-7be5be79.pth (233 MB) from download.pytorch.org/models; the full suite uses it"),
-        (no_truth, ("psnr_db", "ssim", "drift", "time_to_failure_s"), "no true videos to compare with",
-         "give shards=<val shards>"),
-        (no_reference, (FD, "fvd", "fd_videomae"), "too few true clips beside those measured, or too short ones",
-         "give shards= with half as many further clips, longer than frechet.window_frames, or statistics="),
-        ("pose" not in protocol, sfm, "this protocol has no structure from motion",
-         "choose protocol=standard or general"),
-        ("revisit" not in protocol, ("memory_db",), "this protocol has no returns", "choose protocol=standard"),
-        (not cameras, (*pose, *sfm, "memory_db"), "no cameras", "add <key>.cameras.npz"),
-        (after, sfm, "pictures are too small for structure from motion", "videos of pose.least_height pixels or more"),
-        (after, pose, "on these true videos the estimator does not tell a clip's own camera from another's",
-         "larger or sharper videos, more motion, or more clips"),
-        (after, ("memory_db",), "no path comes back to a view it left", "clips whose cameras return"),
-        (after, ("frames_per_s", "first_frame_s"), "set.json has no timings", "add timings, see vgr/report/sets.py"),
-        (after, ("drift",), "videos hold fewer than three windows", "longer videos, or a smaller drift.window_s"),
-    )  # fmt: skip
-    found: dict[str, dict[str, str]] = {}
-    for applies, names, why, get in reasons:
-        for name in names if applies else ():
-            found.setdefault(name, {"why": why, "get": get})
-    return {name: reason for name, reason in found.items() if name not in (cells or {})}
+    cells: dict[str, Any] | None, protocol: dict[str, Any], truth: bool, reference: bool, cameras: bool, weights: File
+) -> dict[str, dict[str, str]]:
+    """Why a metric has no value and what would give it one: its first need that is not met. cells None: before
+    measuring, as far as that is known then."""
+    met = {"truth": truth, "reference": reference, "cameras": cameras, "networks": "fvd" in protocol, "lpips": False,
+           "mapping": "pose" in protocol, "returns": "revisit" in protocol,
+           "pycolmap": importlib.util.find_spec("pycolmap") is not None}  # fmt: skip
+    missing, told = extractors.missing(weights), NEEDS | ({} if cells is None else NEEDS_AFTER)
+    found = {}
+    for name in (name for name in METRICS if name not in (cells or {})):
+        for need in METRICS[name].needs:
+            if need == "weights" and name in missing:
+                found.setdefault(name, missing[name])
+            elif need in told and not met.get(need):
+                why, get = told[need]
+                found.setdefault(name, {"why": why, "get": get})
+    return found

@@ -14,7 +14,7 @@ POSE_ERRORS = ("rot_step_imputed_deg", "heading_imputed_deg")
 
 class Metric(NamedTuple):
     """label and unit for people; better: "higher", "lower" or "" (neither); `how` and the protocol's `section`
-    define the number; primary ones stand in the table.
+    define the number; primary ones stand in the table; needs: of `results.NEEDS`, in the order of asking.
     """
 
     label: str
@@ -23,6 +23,7 @@ class Metric(NamedTuple):
     how: str
     section: str
     primary: bool
+    needs: tuple[str, ...]
 
 
 _TOLD = json.loads(Path(__file__).with_name("metrics.json").read_text(encoding="utf-8"))

@@ -107,6 +107,18 @@ def test_folders_without_a_classifier_are_refused_by_name(tmp_path):
         load_videomae(tmp_path)
 
 
+def test_a_network_with_missing_tensors_is_not_filled_up_at_random(videomae, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(videomae[1] / "model.safetensors")
+    gone = next(k for k in tensors if "layer.1" in k)
+    (tmp_path / "config.json").write_bytes((videomae[1] / "config.json").read_bytes())
+    rest = {k: v for k, v in tensors.items() if k != gone}
+    save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors are missing: \['videomae.encoder.layer.1"):
+        load_videomae(tmp_path)
+
+
 def test_missing_weights_say_what_to_put_where(i3d, videomae, tmp_path, monkeypatch):
     lacking = missing(tmp_path)
     assert set(lacking) == {"fvd", "fd_videomae"} and extractors.load(tmp_path, 16) == {}

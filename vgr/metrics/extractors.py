@@ -86,9 +86,12 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
 
     try:
         config = VideoMAEConfig.from_pretrained(folder, local_files_only=True)
-        network = VideoMAEForVideoClassification.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
+        network, told = VideoMAEForVideoClassification.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+        if random := sorted(k for k in told["missing_keys"] if not k.startswith("classifier.")):
+            raise ValueError(f"{len(random)} tensors are missing: {random[:3]}")
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} holds no VideoMAE classifier ({str(error).splitlines()[0]}); "
                          f"{WEIGHTS['fd_videomae'][1]}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -147,7 +148,7 @@ def moments(features: list[Array] | fvd.Moments) -> fvd.Moments:
     """Of all rows; moments as they are."""
     if isinstance(features, fvd.Moments):
         return features
-    return fvd.Moments.of(np.concatenate([x for x in features if len(x)]))
+    return functools.reduce(fvd.Moments.merged, [fvd.Moments.of(x) for x in features if len(x)])
 
 
 def _drift_over_truth(videos: list[Measured], truth: list[Measured]) -> dict[str, Cell]:

@@ -93,7 +93,7 @@ class Turner:
                                     borderMode=cv2.BORDER_REFLECT) for y in steps[1]]  # fmt: skip
             videos.append((np.stack(moved) * fade).astype(np.uint8))
         videos = np.stack(videos)
-        for start, end in ((0, 1), (1, 9), (9, 17), (17, FRAMES)) if watch is not None else ():
+        for start, end in ((0, 1), (1, 13), (13, FRAMES)) if watch is not None else ():
             watch(videos[:, start:end])
         timing = {"first_frame_s": 1e-6, "total_s": 3e-6, "denoise_s": 2e-6, "decode_s": 1e-6, "frames": FRAMES}
         return videos, timing
@@ -398,6 +398,20 @@ def test_drift_stands_beside_truth_codec_and_chance(finished):
     assert "By chance" in page.read_text()
     compared = [c for c in found["comparisons"] if c["control"] == "swapped" and c["metric"] == "psnr_db"][0]
     assert compared["p"] == 2 / 2**6 and compared["rank_biserial"] == 1 and compared["count"] == 6
+
+
+def test_a_streaming_models_controls_are_timed_to_the_frame_that_shows_them(world, tmp_path):
+    class Streaming(Turner):
+        chunk = 3  # latent frames beside the first: the second chunk begins at frame 13, as the second piece ends
+
+    generator = Streaming()
+    bench_.bench({**PROTOCOL, "clips": 4}, tmp_path, generator=generator, shards=world)
+    info = json.loads((tmp_path / "model" / "set.json").read_text())
+    assert info["chunk_starts"] == [13]
+    cells = json.loads((tmp_path / "results.json").read_text())["rows"]["model"]["metrics"]
+    assert cells["control_latency_s"]["count"] == 1 and 0 < cells["control_latency_s"]["value"] < 1
+    assert cells["seam_ratio"]["count"] == 4
+    assert len(generator.made) == 4 + 4 + 3 + 2  # both rows, warm-up and two requests, and the pair that is compared
 
 
 class Mean:

@@ -83,7 +83,7 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
     time; steady_: those after the second piece by their time; denoise_: by denoising alone. realtime_factor: seconds of
     one video by the whole time. late_share: pieces that arrive after a player that began with the first would show
     them. latency_s_per_min, memory_gb_per_min: Theil-Sen slopes over the rollout of the time a piece takes and of what
-    is held. memory_*_gb as `memory_bytes`.
+    is held. control_latency_s as given. memory_*_gb as `memory_bytes`.
     """
     found: dict[str, list[float]] = {}
 
@@ -98,6 +98,7 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
             add("frames_per_s", t["frames"] / t["wall_s"])
             add("realtime_factor", t["frames"] / t.get("videos", 1) / fps / t["wall_s"])
         add("denoise_frames_per_s", t["frames"] / t["denoise_s"] if t.get("denoise_s") else np.nan)
+        add("control_latency_s", t.get("control_latency_s") or np.nan)
         if len(pieces) > 2:
             times, counts = pieces.T
             add("steady_frames_per_s", counts[2:].sum() * t.get("videos", 1) / max(times[-1] - times[1], 1e-12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,27 @@ def make_rows(
     if part[0] == 0 and not timings(out / "model", info):
         calls = [lambda watch, c=c: generate([c], watch) for c in mine[: speed["requests"]]]
         found = frame_rate.measure_requests(calls, speed["warmup"])
+        if starts := told["chunk_starts"]:
+            found[0]["control_latency_s"] = _control_latency(generate, clips[0], others[0], starts[0])
         write_json(out / "model" / "timings.json", {"fingerprint": info["fingerprint"], "timings": found})
     return rows
+
+
+def _control_latency(generate: Callable[..., Any], clip: Clip, other: Clip, start: int) -> float | None:
+    """Seconds from another camera, told as the first chunk is there, to a frame that shows it; None: none does."""
+    videos = []
+
+    def request(c2w: np.ndarray, watch: frame_rate.Watch) -> Any:
+        made = generate([clip._replace(c2w=c2w)], watch)
+        videos.append(made[0][0])
+        return made
+
+    paths = clip.c2w, np.concatenate([clip.c2w[:start], other.c2w[start:]])
+    timing = frame_rate.measure_requests([partial(request, c2w) for c2w in paths], 0)[1]
+    arrivals = timing["arrivals"]
+    there = int(np.searchsorted(np.cumsum([count for _, count in arrivals]), start))
+    seconds = frame_rate.control_latency(arrivals, arrivals[there][0], videos[1], videos[0])
+    return seconds if np.isfinite(seconds) else None
 
 
 def _chunk_starts(generator: Any, frames: int) -> list[int]:

@@ -105,58 +105,46 @@ def frame_statistics(
 
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in UNITS}
-    steps, before, anchor = [], None, None
+    steps, before = [], None
     for i, frame in enumerate(frames_FHW3):
-        now, at = _Seen(frame), (i + 0.5) / fps
-        for name, value in now.statistics().items():
-            found[name].append((at, value))
-        if before is None or i in cuts:
-            anchor = now
-        if before is not None:
-            steps.append(np.nan if anchor is now else float(cv2.absdiff(frame, before.frame).mean(dtype=np.float64)))
-        if before is not None and anchor is not now:
-            speed = np.median(np.linalg.norm(flow.calc(before.grey, now.grey, None), axis=-1))
-            found["motion"].append((i / fps, float(speed) * fps / np.hypot(*now.grey.shape)))
+        values, grey = _of_frame(frame)
+        if first := before is None or i in cuts:
+            anchor = grey
+            steps += [] if before is None else [np.nan]
+        else:
+            steps.append(float(cv2.absdiff(frame, before[0]).mean(dtype=np.float64)))
+            speed = np.median(np.linalg.norm(flow.calc(before[1], grey, None), axis=-1))
+            found["motion"].append((i / fps, float(speed) * fps / np.hypot(*grey.shape)))
             found["steadiness"].append((i / fps, 1 - steps[-1] / 255))
-        found["structure"].append((at, mean_ssim(now.grey, anchor.grey)))
-        before = now
-    arrays = {name: np.array(points or [(0.0, np.nan)]).T for name, points in found.items()}
-    return {name: (x[0], x[1]) for name, x in arrays.items()}, np.array(steps)
+        values["structure"] = 1.0 if first else mean_ssim(grey, anchor)
+        for name, value in values.items():
+            found[name].append(((i + 0.5) / fps, float(value)))
+        before = frame, grey
+    return {name: tuple(np.array(points).T) for name, points in found.items()}, np.array(steps)
 
 
-class _Seen:
-    """One frame and what is read from it; `light` L*, `grey` and `lab` at most SIDE across."""
+def _of_frame(frame: NDArray[np.uint8]) -> tuple[dict[str, float], NDArray[np.uint8]]:
+    """Statistics of one frame alone, and its grey picture of at most SIDE."""
+    import cv2
 
-    def __init__(self, frame: NDArray[np.uint8]) -> None:
-        import cv2
-
-        shrink = SIDE / max(frame.shape[:2])
-        size = tuple(max(1, round(shrink * s)) for s in frame.shape[1::-1])
-        small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if shrink < 1 else frame
-        self.frame, self.grey = frame, cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-        self.lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-
-    def statistics(self) -> dict[str, float]:
-        import cv2
-
-        light = np.ascontiguousarray(self.lab[..., 0])
-        power = np.abs(np.fft.rfft2(light - light.mean(dtype=np.float64))) ** 2
-        power[:, 1 : (light.shape[1] + 1) // 2] *= 2  # columns that stand for their mirror images too
-        fy, fx = np.fft.fftfreq(light.shape[0])[:, None], np.fft.rfftfreq(light.shape[1])
-        grey = cv2.cvtColor(self.frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
-        rough = cv2.filter2D(grey, cv2.CV_32F, _NOISE)[1:-1, 1:-1]
-        values = {
-            "lightness": light.mean(dtype=np.float64),
-            "red_green": self.lab[..., 1].mean(dtype=np.float64),
-            "yellow_blue": self.lab[..., 2].mean(dtype=np.float64),
-            "chroma": np.hypot(self.lab[..., 1], self.lab[..., 2]).mean(dtype=np.float64),
-            "contrast": light.std(dtype=np.float64),
-            "clipped": ((self.frame < 2) | (self.frame > 253)).mean(),
-            "sharpness": np.log(cv2.Laplacian(light, cv2.CV_32F, ksize=1).var(dtype=np.float64) + 1e-3),
-            "detail": power[np.hypot(fy, fx) > 0.25].sum() / max(power.sum(), 1e-9),
-            "noise": np.sqrt(np.pi / 2) / 6 * np.abs(rough).mean(dtype=np.float64) if rough.size else 0.0,
-        }
-        return {name: float(value) for name, value in values.items()}
+    shrink = SIDE / max(frame.shape[:2])
+    size = tuple(max(1, round(shrink * s)) for s in frame.shape[1::-1])
+    small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if shrink < 1 else frame
+    lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    light = np.ascontiguousarray(lab[..., 0])
+    power = np.abs(np.fft.rfft2(light - light.mean(dtype=np.float64))) ** 2
+    power[:, 1 : (light.shape[1] + 1) // 2] *= 2  # columns that stand for their mirror images too
+    fast = np.hypot(np.fft.fftfreq(light.shape[0])[:, None], np.fft.rfftfreq(light.shape[1])) > 0.25
+    rough = cv2.filter2D(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32), cv2.CV_32F, _NOISE)[1:-1, 1:-1]
+    means = lab.mean((0, 1), dtype=np.float64)
+    return dict(zip(("lightness", "red_green", "yellow_blue"), means)) | {
+        "chroma": np.hypot(lab[..., 1], lab[..., 2]).mean(dtype=np.float64),
+        "contrast": light.std(dtype=np.float64),
+        "clipped": ((frame < 2) | (frame > 253)).mean(),
+        "sharpness": np.log(cv2.Laplacian(light, cv2.CV_32F, ksize=1).var(dtype=np.float64) + 1e-3),
+        "detail": power[fast].sum() / max(power.sum(), 1e-9),
+        "noise": np.sqrt(np.pi / 2) / 6 * np.abs(rough).mean(dtype=np.float64),
+    }, cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
 
 
 def stagnation(motion_J: ArrayLike) -> float:
@@ -173,8 +161,7 @@ def seam_ratio(steps: ArrayLike, starts: Sequence[int]) -> float:
     change = np.asarray(steps, dtype=np.float64)
     seam = np.isin(np.arange(1, len(change) + 1), starts)
     on, off = (x[np.isfinite(x)] for x in (change[seam], change[~seam]))
-    rest = float(np.sqrt((off**2).mean())) if len(off) else 0.0
-    return float(np.sqrt((on**2).mean())) / rest if len(on) and rest > 0 else np.nan
+    return float(np.sqrt((on**2).mean() / (off**2).mean())) if len(on) and off.any() else np.nan
 
 
 def folded_floor(differences_V: ArrayLike) -> float:

@@ -20,8 +20,7 @@ from vgr.metrics.statistics import Interval
 Timing = dict[str, Any]
 Watch = Callable[[NDArray[np.uint8]], None]
 Request = Callable[[Watch], tuple[NDArray[np.uint8], Timing]]
-PERCENTILES = (50, 90, 95, 99)
-_LEAST = {50: 1, 90: 10, 95: 100, 99: 100}  # chunks that a percentile needs to be more than the slowest one
+LEAST = {50: 1, 90: 10, 95: 100, 99: 100}  # percentile -> chunks it needs to be more than the slowest one
 
 
 def measure_requests(
@@ -30,43 +29,36 @@ def measure_requests(
     """Run every request, one after another, and return one timing each, after `warmup` untimed calls of the first.
 
     A request takes watch(frames (B,f,H,W,3)), to be called with frames on the host as they are decoded, and returns all
-    of them (B,F,H,W,3) with its own timings. A timing: wall_s, frames (of all videos), videos, arrivals
-    [[seconds, frames]] of the pieces of each video, held_bytes then (tensors on the GPU, without one the process's
-    peak), memory_bytes, and the generator's denoise_s.
+    of them (B,F,H,W,3) with its own timings. A timing: wall_s, frames (of all videos), videos, arrivals [[seconds,
+    frames]] of each video's pieces, held_bytes then, memory_bytes at the end, and the generator's denoise_s.
     """
-    for _ in range(warmup):
-        _timed(requests[0], clock)
-    return [_timed(request, clock) for request in requests]
+    timings: list[Timing] = []
+    for request in (*requests[:1] * warmup, *requests):
+        if (cuda := _cuda()) is not None:
+            cuda.reset_peak_memory_stats()
+        pieces: list[tuple[float, int, int]] = []
 
+        def watch(frames: NDArray[np.uint8], pieces: list[Any] = pieces) -> None:
+            memory = memory_bytes()
+            pieces.append((clock(), frames.shape[1], memory.get("held", memory["host"])))
 
-def _timed(request: Request, clock: Callable[[], float]) -> Timing:
-    if (cuda := _cuda()) is not None:
-        cuda.reset_peak_memory_stats()
-    arrivals: list[list[float]] = []
-    memory: list[int] = []
-    start = clock()
-
-    def watch(piece: NDArray[np.uint8]) -> None:
-        arrivals.append([clock() - start, piece.shape[1]])
-        memory.append(memory_bytes()["host"] if cuda is None else cuda.memory_allocated())
-
-    videos, own = request(watch)
-    wall = clock() - start  # decoded videos are on the host: the device has finished
-    told = {"denoise_s": own["denoise_s"]} if own.get("denoise_s") else {}
-    return {**told, "wall_s": wall, "frames": int(videos.shape[0] * videos.shape[1]), "videos": int(videos.shape[0]),
-            "arrivals": arrivals, "memory_bytes": memory_bytes(), "held_bytes": memory}  # fmt: skip
+        start = clock()
+        videos, own = request(watch)
+        wall = clock() - start  # decoded videos are on the host: the device has finished
+        timings.append({"wall_s": wall, "frames": int(videos.shape[0] * videos.shape[1]), "videos": len(videos),
+                        "arrivals": [[at - start, count] for at, count, _ in pieces], "denoise_s": own.get("denoise_s"),
+                        "held_bytes": [held for *_, held in pieces], "memory_bytes": memory_bytes()})  # fmt: skip
+    return timings[warmup:]
 
 
 def memory_bytes() -> dict[str, int]:
-    """Memory by who counts it: peaks `allocated` (tensors) and `reserved` (torch's pool), what the driver gives away on
-    the whole `device` now (with contexts, libraries and other processes), and the process's peak on the `host`.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Memory by who counts it: the process's peak on the `host`; of a GPU tensors `held` now, peaks `allocated` and
+    `reserved` (torch's pool), and what the driver gives away on the whole `device` (other processes too)."""
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
     if (cuda := _cuda()) is not None:
         free, total = cuda.mem_get_info()
-        found |= {"allocated": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved(),
-                  "device": total - free}  # fmt: skip
+        found |= {"held": cuda.memory_allocated(), "allocated": cuda.max_memory_allocated(),
+                  "reserved": cuda.max_memory_reserved(), "device": total - free}  # fmt: skip
     return found
 
 
@@ -107,8 +99,8 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
         if len(pieces) > 4:
             add("latency_s_per_min", _slope(times[2:] / 60, np.diff(times)[1:]))
             add("memory_gb_per_min", _slope(times / 60, np.array(t["held_bytes"]) / 1e9))
-        for name, value in t.get("memory_bytes", {}).items():
-            add(f"memory_{name}_gb", value / 1e9)
+        for name in t.get("memory_bytes", {}).keys() - {"held"}:
+            add(f"memory_{name}_gb", t["memory_bytes"][name] / 1e9)
     return found
 
 
@@ -119,10 +111,10 @@ def chunk_latencies(timings: Sequence[Timing]) -> NDArray[np.float64]:
 
 
 def percentile_intervals(latencies_N: Sequence[float], draws: int = 2000) -> dict[str, Interval]:
-    """p50, p90, p95, p99 of latencies in seconds with bootstrap intervals, those that so many samples can carry."""
+    """Percentiles of latencies in seconds with bootstrap intervals, those that so many samples can carry."""
     values = np.asarray(latencies_N, dtype=np.float64)
     rng, found = np.random.default_rng(0), {}
-    for p in (p for p in PERCENTILES if len(values) >= _LEAST[p]):
+    for p in (p for p, least in LEAST.items() if len(values) >= least):
         drawn = np.percentile(values[rng.integers(len(values), size=(draws, len(values)))], p, axis=1)
         low, high = np.percentile(drawn, [2.5, 97.5])
         found[f"chunk_p{p}_s"] = Interval(float(np.percentile(values, p)), float(low), float(high), len(values))

@@ -33,11 +33,8 @@ class Pair(NamedTuple):
 
 
 class Revisit(NamedTuple):
-    """Of one video: pairs scored, and dropped because the camera did not return or never left (or was not found).
-
-    psnr_db, ssim: at the return, means over pairs kept; memory_db, memory_ssim: those minus the control's, over pairs
-    that have one: above 0 it remembers. NaN where nothing is left.
-    """
+    """Of one video: pairs scored, and dropped because the camera was not seen to leave and return; means over pairs
+    kept of PSNR and SSIM, and of both minus the control's (above 0 it remembers). NaN where nothing is left."""
 
     pairs: int
     dropped: int
@@ -72,10 +69,9 @@ def find_pairs(c2w_F44: ArrayLike, fps: float, gap_s: float = 2.0) -> list[Pair]
 
 
 def returned(pair: Pair, commanded: ArrayLike, estimated: ArrayLike) -> bool:
-    """Whether an estimated path (F,4,4), scaled to the commanded one, comes back to the view and was away.
+    """Whether an estimated path (F,4,4), scaled to the commanded one, was away and is back within twice the tolerances.
 
-    Its pose from first to second frame may differ from the commanded by twice the tolerances, and between them it must
-    make MOVED of the commanded way and of the commanded turning. Frames not registered (NaN) are no return.
+    Between the frames it must make MOVED of the commanded way and turning. Frames not registered (NaN) are no return.
     """
     est, ref = (np.asarray(x, dtype=np.float64)[pair.first : pair.second + 1] for x in (estimated, commanded))
     if not np.isfinite(est[[0, -1]]).all():
@@ -99,9 +95,8 @@ def _moved(path: Array) -> tuple[float, float]:
 def measure_revisit(
     frames_FHW3: NDArray[np.uint8], c2w_F44: ArrayLike, fps: float, estimated: ArrayLike | None, gap_s: float = 2.0
 ) -> Revisit:
-    """Score one video (F,H,W,3) against its commanded path (F,4,4). estimated (F,4,4): of the video itself, any scale;
-    None leaves the check of the return out, which a frozen video passes. pairs 0 where the path never comes back.
-    """
+    """Score one video (F,H,W,3) with its commanded path (F,4,4). estimated (F,4,4): its own, at any scale; None leaves
+    the check of the return out, which a frozen video passes."""
     kept = pairs = find_pairs(c2w_F44, fps, gap_s)
     if estimated is not None:
         scale = pose_errors(estimated, c2w_F44, align="first_frame")["scale"]

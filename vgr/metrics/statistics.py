@@ -78,9 +78,7 @@ class Paired(NamedTuple):
 
 def paired(a: ArrayLike, b: ArrayLike, units: Sequence[Hashable] | None = None, draws: int = 9999) -> Paired:
     """Compare two columns (V,) of the same videos; failures of either are counted. NaN p and correlation below 2 units.
-
-    The flips are all 2^U where that is no more than draws.
-    """
+    All 2^U flips are tried where they are no more than draws."""
     from scipy import stats
 
     d = by_unit(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), units)

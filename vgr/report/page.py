@@ -105,8 +105,8 @@ def _tiles(results: dict[str, Any], history: list[dict[str, Any]]) -> list[tuple
 
 def _clip(results: dict[str, Any], sets: dict[str, VideoSet], key: str) -> dict[str, Any]:
     """One clip's videos, one a row of the results, and its camera path."""
-    frames, fps = results["frames"], results["fps"]
-    videos = {row: media.video_uri(s.video(key, frames, shorter=True)[0], fps) for row, s in sets.items()}
+    frames = results["frames"]
+    videos = {row: media.video_uri(*s.video(key, frames, shorter=True)) for row, s in sets.items()}
     own = (sets.get("truth") or sets["model"]).cameras(key, None)
     swapped = sets["swapped"].cameras(key, None) if "swapped" in sets else None
     path = own and path_from_above(own[0][:frames], swapped and swapped[0][:frames])

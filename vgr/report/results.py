@@ -14,7 +14,7 @@ from vgr.report import measure as m
 from vgr.report import summary
 from vgr.report.rows import LABELS
 from vgr.report.sets import VideoSet, timings
-from vgr.report.table import FD, METRICS
+from vgr.report.table import FD, METRICS, NEEDS
 
 SHOWN_S = 12.0  # of videos measured whole, what a page shows
 
@@ -117,29 +117,6 @@ def write(out: File, found: dict[str, Any], per_video: list[dict[str, Any]]) -> 
     write_json(out / "results.json", found)
 
 
-# What metrics need: why there is none, and what to do. Those of the second line are known only after measuring.
-NEEDS = {
-    "truth": ("no true videos to compare with", "give shards=<val shards>"),
-    "reference": ("too few true clips beside those measured, or too short ones",
-                  "give shards= with half as many further clips, longer than frechet.window_frames, or statistics="),
-    "networks": ("only I3D features make an FVD, and this protocol has no networks", "choose protocol=standard"),
-    "lpips": ("its AlexNet weights are no part of any protocol yet",
-              "get alexnet-owt-7be5be79.pth (233 MB) from download.pytorch.org/models"),
-    "cameras": ("no cameras", "add <key>.cameras.npz"),
-    "mapping": ("this protocol has no structure from motion", "choose protocol=standard or general"),
-    "pycolmap": ("pycolmap is not installed", "pip install 'vgr[video]'"),
-    "returns": ("this protocol has no returns", "choose protocol=standard"),
-}  # fmt: skip
-NEEDS_AFTER = {
-    "windows": ("videos hold fewer than three windows", "longer videos, or a smaller drift.window_s"),
-    "telling": ("on these true videos the estimator does not tell a clip's own camera from another's",
-                "larger or sharper videos, more motion, or more clips"),
-    "size": ("pictures are too small for structure from motion", "videos of pose.least_height pixels or more"),
-    "returning": ("no path comes back to a view it left", "clips whose cameras return"),
-    "timings": ("set.json has no timings", "add timings, see vgr/report/sets.py"),
-}  # fmt: skip
-
-
 def unavailable(
     cells: dict[str, Any] | None, protocol: dict[str, Any], truth: bool, reference: bool, cameras: bool, weights: File
 ) -> dict[str, dict[str, str]]:
@@ -148,7 +125,7 @@ def unavailable(
     met = {"truth": truth, "reference": reference, "cameras": cameras, "networks": "fvd" in protocol, "lpips": False,
            "mapping": "pose" in protocol, "returns": "revisit" in protocol,
            "pycolmap": importlib.util.find_spec("pycolmap") is not None}  # fmt: skip
-    missing, told = extractors.missing(weights), NEEDS | ({} if cells is None else NEEDS_AFTER)
+    missing, told = extractors.missing(weights), NEEDS["before"] | ({} if cells is None else NEEDS["after"])
     found = {}
     for name in (name for name in METRICS if name not in (cells or {})):
         for need in METRICS[name].needs:

@@ -33,9 +33,7 @@ def choose(protocol: dict[str, Any], shards: Any, generator: Any, videos: VideoS
     """
     keys = [k for k in shards.keys if videos is None or k in videos.keys][: protocol["clips"]]
     if videos is not None and not keys:
-        raise ValueError(
-            f"no video of {videos.folder} is named like a clip of data; expected names like {shards.keys[0]}.mp4"
-        )
+        raise ValueError(f"no video of {videos.folder} is named like a clip of data, such as {shards.keys[0]}.mp4")
     if len(keys) < 2:
         raise ValueError(f"{len(keys)} clip to measure; the control with another clip's camera needs 2 or more")
     clips = [_clip(shards, k) for k in keys]
@@ -95,10 +93,8 @@ def make_rows(
 
     def generate(group: list[Clip], watch: frame_rate.Watch | None = None) -> tuple[Frames, dict[str, float]]:
         first = np.stack([truth.video(c.key)[0][0] for c in group])
-        c2w, intrinsics = (
-            torch.from_numpy(np.stack([x[:frames] for x in xs])).float()
-            for xs in ([c.c2w for c in group], [c.intrinsics for c in group])
-        )
+        c2w, intrinsics = (torch.from_numpy(np.stack([getattr(c, name)[:frames] for c in group])).float()
+                           for name in ("c2w", "intrinsics"))  # fmt: skip
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
         latents = 1 + (frames - 1) // generator.stride
         shot = torch.from_numpy(np.stack([latent_shots(c.starts, latents, generator.stride) for c in group]))

@@ -14,7 +14,7 @@ POSE_ERRORS = ("rot_step_imputed_deg", "heading_imputed_deg")
 
 class Metric(NamedTuple):
     """label and unit for people; better: "higher", "lower" or "" (neither); `how` and the protocol's `section`
-    define the number; primary ones stand in the table; needs: of `results.NEEDS`, in the order of asking.
+    define the number; primary ones stand in the table; needs: of NEEDS, in the order of asking.
     """
 
     label: str
@@ -27,4 +27,5 @@ class Metric(NamedTuple):
 
 
 _TOLD = json.loads(Path(__file__).with_name("metrics.json").read_text(encoding="utf-8"))
-METRICS = {name: Metric(**row) for name, row in _TOLD.items()}
+METRICS = {name: Metric(**row) for name, row in _TOLD["metrics"].items()}
+NEEDS = _TOLD["needs"]  # what is known before measuring, and after: need -> why there is none, what to do

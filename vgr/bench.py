@@ -67,10 +67,10 @@ def body(cfg: DictConfig) -> None:
         cameras = data is not None or any(videos.folder.glob("*.cameras.npz"))
         print("\n".join(check(protocol, weights, data, cameras, statistics)))
         return
+    device = generator.device if generator else "cpu" if cfg.device == "auto" else cfg.device
     page = bench(
-        protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None,
-        run_dir=run_dir, batch=cfg.batch_size, part=parse_part(cfg.part), weights=weights, statistics=statistics,
-        device="cpu" if cfg.device == "auto" and not generator else getattr(generator, "device", cfg.device),
+        protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None, run_dir=run_dir,
+        batch=cfg.batch_size, part=parse_part(cfg.part), weights=weights, statistics=statistics, device=device,
     )  # fmt: skip
     print(page or f"part {cfg.part} is done; the same command without part= writes the results once all are")
 
@@ -130,10 +130,9 @@ def bench(
 ) -> Path | None:  # fmt: skip
     """Make what is missing, measure all rows, write results; returns the page's path, None of one part of many.
 
-    generator: a callable as vgr.generator.Generator, with its attributes; or videos: a set. shards: the
-    validation clips, matched by key (needed with a generator). part (i, n): this process's share of making and
-    measuring. weights: folder of networks' files; statistics: folder of true features' moments. Raises ValueError on
-    input that does not fit together.
+    generator: a callable as vgr.generator.Generator, with its attributes; or videos: a set. shards: the validation
+    clips, matched by key (needed with a generator). part (i, n): this process's share. weights: folder of networks'
+    files; statistics: of true features' moments. Raises ValueError on input that does not fit together.
     """
     from vgr.metrics import extractors
     from vgr.report import measure, page, results

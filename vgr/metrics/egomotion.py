@@ -1,14 +1,11 @@
 """Camera motion from frame to frame by optical flow, for video too small for structure from motion.
 
-At 64x48 to 160x120 pixels reconstructions fail or are degrees off even on true video, while the motion from
-one frame to the next is small and well seen by flow: corner tracks (Lucas-Kanade), then rotation and heading
-(direction of translation) that best satisfy the epipolar constraint f1 . (t x R f2) = 0, whose small-rotation
-form is the differential one. The scale of translation cannot be seen, so rotation and heading stand apart.
-
-Method: one track per cell of a grid (its best corner), weighted by the forward-backward error; a rotation-only
-fit; for each of a fan of headings the rotation that fits best (a linear problem); the four best, apart from
-each other, refined in all five unknowns by iteratively reweighted Gauss-Newton with Cauchy weights, so that
-moving things and false tracks lose their say; the lowest robust cost wins. All steps of a clip at once.
+At 64x48 to 160x120 pixels reconstructions fail or are degrees off even on true video, while the small motion between
+frames is well seen by flow: corner tracks (Lucas-Kanade), then rotation and heading (direction of translation; its
+scale cannot be seen) that best satisfy the epipolar constraint f1 . (t x R f2) = 0. One track per cell of a grid,
+weighted by its forward-backward error; a rotation-only fit; for each of a fan of headings the rotation that fits best
+(a linear problem); the four best, apart from each other, refined in all five unknowns by reweighted Gauss-Newton with
+Cauchy weights, so that moving things lose their say; the lowest robust cost wins. All steps of a clip at once.
 """
 
 from __future__ import annotations
@@ -233,11 +230,10 @@ def flow_rotation(frames_FHW3: ArrayLike, intrinsics: ArrayLike) -> FlowMotion:
 def score_motion(found: FlowMotion, c2w_F44: ArrayLike) -> dict[str, float]:
     """How well a video's motion follows commanded cameras c2w (F,4,4) in metres, whatever the first pose.
 
-    rot_step_mean_deg: mean angle between estimated and commanded rotation, degrees a frame, over reliable
-    steps; rot_step_imputed_deg: the same with unreliable steps counted as no motion; heading_mean_deg: mean
-    angle between the directions of translation over reliable steps where the command moves (by over 5 mm and a
-    fifth of the path's fast steps), a still video counting as 90; heading_imputed_deg: with unreliable steps at
-    90 too; coverage: share of reliable steps. NaN where nothing qualifies.
+    rot_step_mean_deg: mean angle between estimated and commanded rotation, a frame, over reliable steps; _imputed_:
+    unreliable steps count as no motion. heading_mean_deg: mean angle between the directions of translation over
+    reliable steps where the command moves (over 5 mm and a fifth of the path's fast steps), a still video counting as
+    90; _imputed_: unreliable steps at 90 too. coverage: share of reliable steps. NaN where nothing qualifies.
     """
     c2w, ok = np.asarray(c2w_F44, dtype=np.float64), found.reliable
     if c2w.shape != (len(ok) + 1, 4, 4):

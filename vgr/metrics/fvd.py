@@ -42,7 +42,7 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """Of both parts' rows together (Chan's update: no cancellation). Raises ValueError on unequal D."""
-        same_size(self.mean.size, other.mean.size)
+        _same_size(self.mean, other.mean)
         count, apart = self.count + other.count, other.mean - self.mean
         scatter = self.scatter + other.scatter + np.outer(apart, apart) * (self.count * other.count / count)
         return Moments(count, self.mean + apart * (other.count / count), scatter)
@@ -79,9 +79,9 @@ class Moments:
         return moments
 
 
-def same_size(a: int, b: int) -> None:
-    if a != b:
-        raise ValueError(f"feature sizes differ: {a} and {b}; use one extractor for both sets")
+def _same_size(a: Array, b: Array) -> None:
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"feature sizes differ: {a.shape[-1]} and {b.shape[-1]}; use one extractor for both sets")
 
 
 def frechet_distance(a_ND: ArrayLike, b_MD: ArrayLike, ddof: int = 1) -> float:
@@ -95,7 +95,7 @@ def frechet_distance(a_ND: ArrayLike, b_MD: ArrayLike, ddof: int = 1) -> float:
 
 def frechet_between(a: Moments, b: Moments, ddof: int = 1) -> float:
     """`frechet_distance` of moments, by two symmetric eigendecompositions: real, and finite for few rows as well."""
-    same_size(a.mean.size, b.mean.size)
+    _same_size(a.mean, b.mean)
     cov_a, cov_b = a.covariance(ddof), b.covariance(ddof)
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -108,11 +108,11 @@ def frechet_between(a: Moments, b: Moments, ddof: int = 1) -> float:
 def kernel_distance(a_ND: ArrayLike, b_MD: ArrayLike, subsets: int = 100, size: int = 1000) -> float:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3, the mean over random subsets of equal size (spec 2.3).
 
-    Its expectation does not depend on N or M, as a Frechet distance's does, and is 0 for equal distributions: it can be
-    slightly negative, and is not clipped. subsets of min(size, N, M) rows; one where that is everything on both sides.
+    Its expectation does not depend on N and M and is 0 for equal distributions: it can be slightly negative, and is
+    not clipped. subsets of min(size, N, M) rows; one where that is everything on both sides.
     """
     a, b = np.asarray(a_ND, dtype=np.float64), np.asarray(b_MD, dtype=np.float64)
-    same_size(a.shape[1], b.shape[1])
+    _same_size(a, b)
     m, rng = min(size, len(a), len(b)), np.random.default_rng(0)
     if m < 2:
         raise ValueError(f"{len(a)} and {len(b)} feature vectors; MMD needs at least 2 on each side")
@@ -139,12 +139,11 @@ def frechet_interval(
     a_ND: ArrayLike, b_MD: ArrayLike, a_video: ArrayLike, b_video: ArrayLike, draws: int = 200,
     distance: Callable[[Array, Array], float] = frechet_distance,
 ) -> Interval:  # fmt: skip
-    """The distance with an interval from sub-samples of half of the videos, drawn without replacement.
+    """The distance with an interval from the spread of half-samples of the videos, drawn without replacement.
 
-    a_video (N,), b_video (M,): the video each row comes from; rows of one video stay together. A bootstrap
-    with replacement would be biased upward (spec 2.5). The half-samples' own upward bias (half the rows) is
-    not in the interval: only their spread is used, which for half-samples estimates the spread at full size
-    (delete-half jackknife). count is the number of videos in a; below 4 videos there is no interval (NaN).
+    a_video (N,), b_video (M,): the video each row comes from; rows of one video stay together. A bootstrap with
+    replacement would be biased upward (spec 2.5); the spread of half-samples is that at full size (delete-half
+    jackknife), and their own bias is not used. count: videos in a; below 4 there is no interval (NaN).
     """
     a, b = np.asarray(a_ND, dtype=np.float64), np.asarray(b_MD, dtype=np.float64)
     value = distance(a, b)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vgr.geometry.alignment import rotation_mean
 from vgr.metrics.camera_pose import pose_errors, trajectory_errors
 
 Array = NDArray[np.float64]
@@ -76,8 +77,7 @@ def least_distance_scale(est_F3: Array, ref_F3: Array) -> float:
 def _extrinsics_aligned(est: Array, ref: Array) -> tuple[Array, float]:
     """SANA-WM's alignment of c2w (F,4,4): a, R't of the estimate's w2c, is minus its centre, b has the other t."""
     R, C = est[:, :3, :3], ref[:, :3, :3]
-    u, _, vt = np.linalg.svd((C @ R.swapaxes(1, 2)).mean(0))
-    turn = u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
+    turn = rotation_mean(R, C)  # the mean of C R' projected on rotations
     a = -est[:, :3, 3]
     b = -(R @ C.swapaxes(1, 2) @ ref[:, :3, 3:])[..., 0]
     a_mean, b_mean = a.mean(0), b.mean(0)

@@ -73,9 +73,9 @@ def measure_set(
 ) -> list[Measured]:  # fmt: skip
     """Measure this part of a set's videos, in the order of keys; of the row "reference" features alone, true clips'.
 
-    truth None leaves PSNR and SSIM out. paths gives a key's commanded (c2w, intrinsics), nothing leaves the pose
-    out; errors against a second path are called other_<metric>. The first frame, given to the model, counts for
-    the pose alone. Raises ValueError when sizes differ from the truth's.
+    truth None leaves PSNR and SSIM out. paths gives a key's commanded (c2w, intrinsics), nothing leaves the pose out;
+    errors against a second path are called other_<metric>. The first frame, given to the model, counts for the pose
+    alone. Raises ValueError when sizes differ from the truth's.
     """
     settings = {"protocol": job.protocol["sha256"], "frames": job.frames, "code": _code(),
                 "weights": {name: x.about for name, x in job.extractors.items()}}  # fmt: skip
@@ -206,11 +206,10 @@ def pose_values(video: Frames, paths: Sequence[Path]) -> list[dict[str, float]]:
 
 
 def _structure(job: Job, seen: Video, paths: Sequence[Path]) -> tuple[dict[str, float], Array | None]:
-    """What structure from motion of keyframes gives, and the camera of every frame, between them interpolated.
+    """What structure from motion of the longest shot's keyframes gives, and every frame's camera, interpolated.
 
-    Keyframes: of the longest shot, from its start. With a commanded path come errors, ours and by every published
-    convention, and its intrinsics where they do not change. Nothing where pictures are lower than `least_height`; a
-    reconstruction with a reason not to use it counts as not registered.
+    With a commanded path come errors, ours and by every published convention, and its intrinsics where they do not
+    change. Nothing below `least_height`; a reconstruction with a reason not to use it counts as not registered.
     """
     import cv2
     import torch

@@ -25,9 +25,8 @@ def measure(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:  # fmt: skip
     """Measure all rows. Returns (the content of results.json, the lines of videos.jsonl); None of one part of many.
 
-    The pose estimator is checked on the true videos first: a metric by which it cannot tell the video's own
-    camera from another clip's is reported as unavailable, not as a number. statistics: a folder of moments of true
-    features, in place of a reference; weights: the networks' folder.
+    A metric by which the pose estimator cannot tell the true videos' own camera from another clip's is unavailable.
+    statistics: a folder of moments of true features, in place of a reference; weights: the networks' folder.
     """
     protocol, truth = job.protocol, sets.get("truth")
     source = truth or sets["model"]
@@ -100,15 +99,10 @@ def _results(
         "checks": {name: check for name, check in checks.items() if check is not None},
         "curves": summary.curves(rows),
         "drift": summary.drift_table(rows),
-        "unavailable": unavailable(
-            cells["model"], protocol, truth is not None, bool(known), any(paths.values()), weights
-        ),
+        "unavailable": unavailable(cells["model"], protocol, bool(truth), bool(known), any(paths.values()), weights),
     }  # fmt: skip
-    return found, [
-        {"row": row, "key": v.key, **{k: summary.number(x) for k, x in v.values.items()}}
-        for row, videos in rows.items()
-        for v in videos
-    ]
+    return found, [{"row": row, "key": v.key, **{k: summary.number(x) for k, x in v.values.items()}}
+                   for row, videos in rows.items() for v in videos]  # fmt: skip
 
 
 def write(out: File, found: dict[str, Any], per_video: list[dict[str, Any]]) -> None:

@@ -103,10 +103,9 @@ def fill_set(
 ) -> VideoSet:  # fmt: skip
     """Make the videos of this part of a set that are not there yet and return the whole set.
 
-    make: clips -> frames (F,H,W,3), or the bytes of an mp4, each. Videos made by something else than
-    `made_by` are made again; a folder with videos that no set.json of ours lists is refused. part (i, n): every n-th
-    clip from the i-th; processes with other parts may work in the folder at the same time. told: more for set.json.
-    done(n) is called as videos stand, made or found.
+    make: clips -> frames (F,H,W,3), or the bytes of an mp4, each. Videos made by something else than `made_by` are made
+    again; a folder with videos and no set.json is refused. part (i, n): every n-th clip from the i-th; others may work
+    in the folder at the same time. told: more for set.json. done(n) is called as videos stand, made or found.
     """
     from vgr.data.video import encode_video
 

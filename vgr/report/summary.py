@@ -45,10 +45,8 @@ def number(x: float) -> float | None:
 
 
 def check_pose_estimator(truth: list[Measured]) -> dict[str, Cell]:
-    """Does the estimator tell the true video's own camera from another clip's? By metric, before a model is judged.
-
-    Passed if the 95 % interval of the paired difference of errors (another's minus own) lies above zero.
-    """
+    """Does the estimator tell the true video's own camera from another clip's? By metric, before a model is judged:
+    passed if the 95 % interval of the paired difference of errors (another's minus own) lies above zero."""
     checks = {}
     for metric in POSE_ERRORS:
         own, other = column(truth, metric), column(truth, f"other_{metric}")
@@ -59,9 +57,8 @@ def check_pose_estimator(truth: list[Measured]) -> dict[str, Cell]:
 
 
 def check_frame_order(truth: list[Measured], known: Known) -> dict[str, Cell]:
-    """Is each distance sensitive to time? True videos with the frames of each window shuffled must lie
-    farther from the reference than the same videos in order and than twice the null bias (spec 2.4).
-    """
+    """Is each distance sensitive to time? True videos with the frames of each window shuffled must lie farther from the
+    reference than in order and than twice the null bias (spec 2.4)."""
     checks = {}
     for name, reference in known.items():
         true = moments(reference)
@@ -78,10 +75,8 @@ def check_frame_order(truth: list[Measured], known: Known) -> dict[str, Cell]:
 def summarize(
     rows: Rows, settings: dict[str, Any], known: Known, skip: set[str], units: Sequence[str]
 ) -> dict[str, dict[str, Cell]]:
-    """row -> metric -> cell: means over units, drift over the truth's, distances to the reference's features.
-
-    skip: metrics whose check failed; they get no value. units: the prompt or scene of each video.
-    """
+    """row -> metric -> cell: means over units, drift over the truth's, distances to the reference's features. skip:
+    metrics whose check failed; they get no value. units: the prompt or scene of each video."""
     out: dict[str, dict[str, Cell]] = {}
     drifts = [v.drift for v in rows.get("truth", ()) if v.drift]
     windows = {n: np.concatenate([d.curve[n] for d in drifts]) for n in (drift_.PRIMARY if drifts else ())}
@@ -101,8 +96,7 @@ def summarize(
 
 def drift_table(rows: Rows) -> dict[str, dict[str, Cell]]:
     """row -> statistic -> trend, its excess over true videos and over the codec's, end minus start, the mean size of
-    that and the size that true videos' spread alone would give it. Where videos are long enough.
-    """
+    that, and the size that true videos' spread alone would give it."""
     out: dict[str, dict[str, Cell]] = {}
     for row, videos in rows.items():
         for name in drift_.UNITS if any(v.drift for v in videos) else ():
@@ -118,9 +112,8 @@ def drift_table(rows: Rows) -> dict[str, dict[str, Cell]]:
 
 
 def compare(rows: Rows, skip: set[str], units: Sequence[str]) -> list[Cell]:
-    """Paired differences model - control for the metrics of true continuation and camera. `better`: the interval
-    leaves zero on the good side; `stands`: so does the permutation test after Benjamini-Hochberg over the whole list.
-    """
+    """Paired differences model - control of what is true continuation and camera. `better`: the interval leaves zero
+    on the good side; `stands`: and the permutation test stands after Benjamini-Hochberg over the whole list."""
     out = []
     for control in ("swapped", "frozen"):
         for metric in COMPARED if control in rows else ():

@@ -60,6 +60,9 @@ def body(cfg: DictConfig) -> None:
         raise ValueError("shards=null and the checkpoint names no validation shards; give shards=<val shards folder>")
     if data and protocol["frames"] is None:
         raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave shards out or take another")
+    part = re.fullmatch(r"(\d+)/(\d+)", str(cfg.part or "0/1"))
+    if not part or int(part[1]) >= int(part[2]):
+        raise ValueError(f"part={cfg.part}: must be i/n with i from 0 to n - 1, or null")
     weights, statistics = Path(cfg.weights), Path(cfg.statistics) if cfg.statistics else None
     if statistics and not statistics.is_dir():
         raise ValueError(f"statistics={statistics} is no folder; give the statistics/ of another run's results")
@@ -70,19 +73,9 @@ def body(cfg: DictConfig) -> None:
     device = generator.device if generator else "cpu" if cfg.device == "auto" else cfg.device
     page = bench(
         protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None, run_dir=run_dir,
-        batch=cfg.batch_size, part=parse_part(cfg.part), weights=weights, statistics=statistics, device=device,
+        batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights, statistics=statistics, device=device,
     )  # fmt: skip
     print(page or f"part {cfg.part} is done; the same command without part= writes the results once all are")
-
-
-def parse_part(text: str | None) -> tuple[int, int]:
-    """"2/8" -> (1, 8): the second of eight; None: everything. Raises ValueError."""
-    if text is None:
-        return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", str(text))
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"part={text}: give i/n, the i-th of n parts, such as part=1/4")
-    return int(found[1]) - 1, int(found[2])
 
 
 def load_protocol(name: str) -> dict[str, Any]:
@@ -137,6 +130,7 @@ def bench(
     from vgr.metrics import extractors
     from vgr.report import measure, page, results
     from vgr.report import rows as rows_
+    from vgr.report.table import LABELS
 
     sets: dict[str, VideoSet] = {} if videos is None else {"model": videos}
     reference = None
@@ -148,7 +142,7 @@ def bench(
         clips, frames = rows_.choose(protocol, shards, generator, videos)
         keys = [c.key for c in clips]
     if part[1] > len(keys):
-        raise ValueError(f"part={part[0] + 1}/{part[1]}: there are only {len(keys)} videos to share; take fewer parts")
+        raise ValueError(f"part={part[0]}/{part[1]}: there are only {len(keys)} videos to share; take fewer parts")
     if shards is not None:
         with progress(len(shards.keys), "true videos") as done:
             sets["truth"], reference = rows_.true_sets(protocol, out, shards, clips, done, part)
@@ -156,7 +150,7 @@ def bench(
             if generator:
                 sets |= rows_.make_rows(protocol, out, generator, sets["truth"], clips, frames, batch, done, part)
             sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done, part)
-    sets = {name: sets[name] for name in rows_.LABELS if name in sets}
+    sets = {name: sets[name] for name in LABELS if name in sets}
     networks = extractors.load(weights, protocol["fvd"]["frames"], device) if "fvd" in protocol else {}
     total = len(keys) * len(sets) + (len(reference.keys) if reference else 0)
     with progress(total, "measuring") as done:

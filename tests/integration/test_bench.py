@@ -497,7 +497,7 @@ def test_check_says_what_is_there_and_what_stays_empty(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["part=0/3"], "part=0/3: give i/n"), (["part=4/3"], "part=4/3"), (["part=two"], "part=two"),
+    [(["part=3/3"], "part=3/3: must be i/n"), (["part=-1/3"], "part=-1/3"), (["part=two"], "part=two"),
      (["protocol=general", "shards=here"], "measures videos by themselves")],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, words, told):

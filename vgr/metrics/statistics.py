@@ -67,33 +67,26 @@ def mean_interval(
     return Interval(mean, *map(float, found.confidence_interval), v.size, failed, imputed)
 
 
-class Paired(NamedTuple):
-    """a - b over units both have: its interval, the two-sided p of sign flips, and the rank-biserial correlation, 1
-    where a is larger in every unit, -1 where b is."""
-
-    difference: Interval
-    p: float
-    rank_biserial: float
-
-
-def paired(a: ArrayLike, b: ArrayLike, units: Sequence[Hashable] | None = None, draws: int = 9999) -> Paired:
-    """Compare two columns (V,) of the same videos; failures of either are counted. NaN p and correlation below 2 units.
-    All 2^U flips are tried where they are no more than draws."""
+def paired(
+    a: ArrayLike, b: ArrayLike, units: Sequence[Hashable] | None = None, draws: int = 9999
+) -> tuple[Interval, float, float]:
+    """a - b of two columns (V,) of the same videos: its interval over units both have, failures of either counted; the
+    two-sided p of sign flips, all 2^U where they are no more than draws; and the rank-biserial correlation, 1 where a
+    is larger in every unit, -1 where b is. The last two are NaN below 2 units."""
     from scipy import stats
 
     d = by_unit(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), units)
     known = d[np.isfinite(d)]
     difference = mean_interval(d, draws)
     if known.size < 2:
-        return Paired(difference, np.nan, np.nan)
+        return difference, np.nan, np.nan
     test = stats.permutation_test(
         (known, np.zeros_like(known)), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples",
         vectorized=True, n_resamples=draws, rng=np.random.default_rng(0),
     )  # fmt: skip
     moved = known[known != 0]
     ranks = stats.rankdata(np.abs(moved))
-    effect = float((np.sign(moved) * ranks).sum() / ranks.sum()) if moved.size else 0.0
-    return Paired(difference, float(test.pvalue), effect)
+    return difference, float(test.pvalue), float((np.sign(moved) * ranks).sum() / max(ranks.sum(), 1.0))
 
 
 def discoveries(p_values: ArrayLike, q: float = 0.05) -> NDArray[np.bool_]:

@@ -12,9 +12,8 @@ from vgr.metrics import extractors, features, frame_rate
 from vgr.metrics.fvd import Moments
 from vgr.report import measure as m
 from vgr.report import summary
-from vgr.report.rows import LABELS
 from vgr.report.sets import VideoSet, timings
-from vgr.report.table import FD, METRICS, NEEDS
+from vgr.report.table import FD, LABELS, METRICS, NEEDS
 
 SHOWN_S = 12.0  # of videos measured whole, what a page shows
 

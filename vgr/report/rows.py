@@ -15,14 +15,6 @@ from vgr.metrics import frame_rate
 from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint, timings
 from vgr.seeding import derive_seed
 
-# In the order of the table: what people read, and what the row is for.
-LABELS = {
-    "truth": ("True video", "noise floor of every measure"),
-    "codec": ("Codec round trip", "ceiling: nothing this codec decodes can do better"),
-    "model": ("Model", ""),
-    "swapped": ("Model, another clip’s camera", "control: same weights, first frame and noise, wrong path"),
-    "frozen": ("First frame repeated", "control: nothing happens"),
-}
 Done = Callable[[int], None]
 
 

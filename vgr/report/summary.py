@@ -117,12 +117,12 @@ def compare(rows: Rows, skip: set[str], units: Sequence[str]) -> list[Cell]:
     out = []
     for control in ("swapped", "frozen"):
         for metric in COMPARED if control in rows else ():
-            found = paired(*(column(rows[row], metric) for row in ("model", control)), units)
-            if metric not in skip and found.difference.count:
-                low, high = found.difference[1:3]
+            found, p, effect = paired(*(column(rows[row], metric) for row in ("model", control)), units)
+            if metric not in skip and found.count:
+                low, high = found[1:3]
                 better = low > 0 if METRICS[metric].better == "higher" else high < 0
-                out.append({"control": control, "metric": metric, "better": bool(better), **cell(found.difference),
-                            "p": number(found.p), "rank_biserial": number(found.rank_biserial)})  # fmt: skip
+                out.append({"control": control, "metric": metric, "better": bool(better), **cell(found),
+                            "p": number(p), "rank_biserial": number(effect)})  # fmt: skip
     stands = discoveries([np.nan if c["p"] is None else c["p"] for c in out])
     return [{**c, "stands": bool(x) and c["better"]} for c, x in zip(out, stands)]
 

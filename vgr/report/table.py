@@ -1,4 +1,4 @@
-"""What every number of results.json is: label, unit, direction and definition, from metrics.json beside this file."""
+"""What every number and row of results.json is: labels, units and definitions, from metrics.json beside this file."""
 
 from __future__ import annotations
 
@@ -28,4 +28,5 @@ class Metric(NamedTuple):
 
 _TOLD = json.loads(Path(__file__).with_name("metrics.json").read_text(encoding="utf-8"))
 METRICS = {name: Metric(**row) for name, row in _TOLD["metrics"].items()}
+LABELS = _TOLD["rows"]  # in the order of the table: what people read, and what the row is for
 NEEDS = _TOLD["needs"]  # what is known before measuring, and after: need -> why there is none, what to do

@@ -48,8 +48,7 @@ def body(cfg: DictConfig) -> None:
     if cfg.checkpoint is not None:
         from vgr.generator import Generator
 
-        given = {k: v for k, v in protocol["sampling"].items() if v is not None}
-        generator = Generator.load(cfg.checkpoint, device=cfg.device, **given)
+        generator = Generator.load(cfg.checkpoint, device=cfg.device, **protocol["sampling"])
         run_dir = find_run(Path(cfg.checkpoint))
         out = Path(cfg.out or (run_dir or Path(cfg.checkpoint)) / "bench" / protocol["name"])
     else:

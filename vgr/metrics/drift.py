@@ -154,10 +154,8 @@ def stagnation(motion_J: ArrayLike) -> float:
 
 
 def seam_ratio(steps: ArrayLike, starts: Sequence[int]) -> float:
-    """Root mean square of the steps onto the first frames of chunks (`starts`) over that of the others; 1: no seam.
-
-    steps (F-1,): `Drift.steps`, of step i from frame i to i + 1. NaN where either kind is missing or nothing changes.
-    """
+    """Root mean square of the steps (F-1,) onto the first frames of chunks (`starts`) over that of the others; 1: no
+    seam. steps: `Drift.steps`. NaN where either kind is missing or nothing changes."""
     change = np.asarray(steps, dtype=np.float64)
     seam = np.isin(np.arange(1, len(change) + 1), starts)
     on, off = (x[np.isfinite(x)] for x in (change[seam], change[~seam]))
@@ -165,13 +163,9 @@ def seam_ratio(steps: ArrayLike, starts: Sequence[int]) -> float:
 
 
 def folded_floor(differences_V: ArrayLike) -> float:
-    """The mean size of differences with this spread and no mean, sqrt(2 / pi) sd: the floor of |end - start|.
-
-    differences_V (V,): end minus start of true videos. NaN below two.
-    """
-    d = np.asarray(differences_V, dtype=np.float64)
-    d = d[np.isfinite(d)]
-    return float(np.sqrt(2 / np.pi) * d.std(ddof=1)) if d.size > 1 else np.nan
+    """The mean size of differences (V,) with this spread and no mean, the floor of |end - start|; NaN below two."""
+    known = np.asarray(differences_V)[np.isfinite(differences_V)]
+    return float(np.sqrt(2 / np.pi) * known.std(ddof=1)) if known.size > 1 else np.nan
 
 
 def time_to_failure(drift: Drift, bands: dict[str, tuple[float, float]]) -> tuple[float, bool]:
@@ -191,9 +185,8 @@ def time_to_failure(drift: Drift, bands: dict[str, tuple[float, float]]) -> tupl
 def composite(excess_VK: Array, real_sd_K: Array, draws: int = 2000) -> Interval:
     """Mean over statistics of |mean excess trend| in units of the true videos' between-video sd (spec 5.2, 7).
 
-    excess_VK (V,K): trend of each video minus that of its true video; real_sd_K (K,). A percentile bootstrap
-    over videos. Being a mean of sizes it is never negative and is biased upward by noise: for ranking, never
-    alone.
+    excess_VK (V,K): trend of each video minus that of its true video; real_sd_K (K,). A percentile bootstrap over
+    videos. A mean of sizes is never negative and biased upward by noise: for ranking, never alone.
     """
     sd = np.maximum(real_sd_K, 1e-9)
     picks = np.random.default_rng(0).integers(len(excess_VK), size=(draws, len(excess_VK)))

@@ -50,9 +50,7 @@ def load_i3d(
     path: Path, frames: int = 16, device: str = "cpu", sha256: str = I3D_SHA256, size: int = I3D_BYTES
 ) -> Extractor:
     """The TorchScript I3D of StyleGAN-V's FVD: the 400 logits before softmax, of clips resized and scaled by itself.
-
-    The bytes that are hashed are the bytes that run. Raises ValueError unless they are `sha256`'s, and below 10 frames.
-    """
+    The bytes hashed are the bytes that run. Raises ValueError unless they are `sha256`'s, and below 10 frames."""
     import torch
 
     if frames < 10:

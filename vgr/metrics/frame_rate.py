@@ -125,10 +125,10 @@ def control_latency(
     arrivals: Sequence[Sequence[float]], changed_s: float, steered: NDArray[np.uint8], straight: NDArray[np.uint8],
     least: float = 1.0,
 ) -> float:  # fmt: skip
-    """Seconds from a changed control (at changed_s) to the arrival of the first frame that shows it.
+    """Seconds from a changed control (at changed_s) to the arrival of the first frame that shows it; inf: none does.
 
     steered, straight (F,H,W,3): the rollout with the change and the same one (same noise) without it; a frame shows it
-    where they differ by `least` grey levels on average. arrivals as in `measure_requests`. inf where none shows it.
+    where they differ by `least` grey levels on average. arrivals as in `measure_requests`.
     """
     change = np.abs(steered.astype(np.int16) - straight.astype(np.int16)).mean((1, 2, 3))
     if not (change >= least).any():

@@ -65,15 +65,12 @@ class Moments:
             found = arrays(path, {"count", "mean", "scatter", "about"})
             told = json.loads(found["about"].astype(np.uint8).tobytes())
             moments = cls(int(found["count"]), found["mean"].astype(np.float64), found["scatter"].astype(np.float64))
-            size = moments.mean.size
-            if moments.mean.shape != (size,) or moments.scatter.shape != (size, size) or moments.count < 2:
-                raise ValueError(f"mean {moments.mean.shape} and scatter {moments.scatter.shape} do not fit")
-            if not (np.isfinite(moments.mean).all() and np.isfinite(moments.scatter).all()):
-                raise ValueError("NaN or infinity")
+            fit = moments.scatter.shape == 2 * moments.mean.shape and moments.mean.ndim == 1 and moments.count > 1
+            if not fit or not np.isfinite(moments.scatter).all() or not np.isfinite(moments.mean).all():
+                raise ValueError("arrays that do not fit, or are not finite")
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is no file of feature statistics ({error}); make it again") from error
-        wrong = sorted(k for k in about.keys() | told.keys() if about.get(k) != told.get(k))
-        if wrong:
+        if wrong := sorted(k for k in about.keys() | told.keys() if about.get(k) != told.get(k)):
             differ = ", ".join(f"{k}: {told.get(k)} there, {about.get(k)} here" for k in wrong)
             raise ValueError(f"{path} holds statistics of other features ({differ})")
         return moments

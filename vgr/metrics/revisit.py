@@ -1,8 +1,8 @@
 """Does a place look the same when the camera comes back? (benchmarks spec, 5.4), for one video with its commanded path.
 
-Pairs of frames with one view, after the camera was elsewhere, are compared with each other; a control pair with the
-same time between but two views tells what blur, colour drift and dull scenes alone would give. A camera that never
-left, or did not come back, has remembered nothing: with estimated poses such pairs are dropped, and counted.
+Pairs of frames with one view, after the camera was elsewhere, are compared; a control pair as far apart in time with
+two views tells what blur, colour drift and dull scenes alone would give. A camera that never left, or did not come
+back, has remembered nothing: with estimated poses such pairs are dropped, and counted.
 """
 
 from __future__ import annotations

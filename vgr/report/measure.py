@@ -45,8 +45,8 @@ class Measured(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What all videos of a run share: the protocol, frames measured (None: each video whole), extractors by metric, the
-    folder of what is measured already, the part (i of n, from 0) and done(n)."""
+    """What all videos of a run share: protocol, frames measured (None: each video whole), extractors by metric, folder
+    of what is measured already, part (i of n, from 0) and done(n)."""
 
     protocol: dict[str, Any]
     frames: int | None
@@ -126,8 +126,8 @@ def _measure(
     if job.frames is None:
         place = videos.folder / f"{key}.mp4"
         count, fps, cuts = _scan(iter_video(place), "shots" in job.protocol)
-        fps = float(videos.info.get("fps") or fps)
-        seen = Video(key, videos.info, lambda: (frame for frame, _ in iter_video(place)), count, fps, cuts)
+        rate = float(videos.info.get("fps") or fps)
+        seen = Video(key, videos.info, lambda: (frame for frame, _ in iter_video(place)), count, rate, cuts)
         values, trend = _trends(job, seen)
         return Measured(key, values | _structure(job, seen, paths)[0], trend, {})
     video, fps = videos.video(key, job.frames)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +119,11 @@ def make_rows(
 
 def _control_latency(generate: Callable[..., Any], clip: Clip, other: Clip, start: int) -> float | None:
     """Seconds from another camera, told as the first chunk is there, to a frame that shows it; None: none does."""
-    videos = []
-
-    def request(c2w: np.ndarray, watch: frame_rate.Watch) -> Any:
-        made = generate([clip._replace(c2w=c2w)], watch)
-        videos.append(made[0][0])
-        return made
-
-    paths = clip.c2w, np.concatenate([clip.c2w[:start], other.c2w[start:]])
-    timing = frame_rate.measure_requests([partial(request, c2w) for c2w in paths], 0)[1]
-    arrivals = timing["arrivals"]
+    changed = clip._replace(c2w=np.concatenate([clip.c2w[:start], other.c2w[start:]]))
+    arrivals, begun = [], time.perf_counter()
+    steered = generate([changed], lambda x: arrivals.append([time.perf_counter() - begun, x.shape[1]]))[0][0]
     there = int(np.searchsorted(np.cumsum([count for _, count in arrivals]), start))
-    seconds = frame_rate.control_latency(arrivals, arrivals[there][0], videos[1], videos[0])
+    seconds = frame_rate.control_latency(arrivals, arrivals[there][0], steered, generate([clip])[0][0])
     return seconds if np.isfinite(seconds) else None
 
 

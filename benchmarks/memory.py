@@ -5,20 +5,24 @@
 Held-out stories (`vgr-prepare data=story_tiny`): a character's look is drawn per story and never told, and every
 return lies beyond a window of three chunks. For each shot in which a character returns, the true video before it is
 committed to the memory, the shot is sampled from the caption alone, decoded, and the character's colour inside the
-true mask compared with the truth (`vgr.metrics.shots.recurrence_similarity`): dE, lower is better, and whether its own
-look is the nearest of the cast. The same weights and noise serve every policy; differences are paired over stories,
-and with several runs (seeds) the stories of all are pooled.
+true mask compared with the truth (`recurrence_similarity`): dE, lower is better, and whether its own look is the
+nearest of the cast (CIE Lab, Euclidean: 2.3 is just visible, opposite hues are about 100 apart). The same weights and
+noise serve every policy; differences are paired over stories, and with several runs (seeds) the stories of all are
+pooled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vgr.bench import environment
@@ -28,7 +32,6 @@ from vgr.data.stories import StorySource
 from vgr.diffusion.rollout import stream
 from vgr.diffusion.samplers import chunk_bounds, frame_noise
 from vgr.generator import Generator
-from vgr.metrics.shots import recurrence_similarity
 from vgr.metrics.statistics import mean_interval
 from vgr.models.causal_video import CausalVideo
 from vgr.report import media
@@ -43,6 +46,67 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 SHOWN = 12  # stories of the sheet
 PAIRS = (("full", "window"), ("routed", "window"), ("routed", "sink"), ("full", "routed"))
+
+
+class Recurrence(NamedTuple):
+    """One return of a character, in a video measured against the true one.
+
+    shot, first: where it returns and where it was first seen. distance: dE between its look in the video and in
+    truth, mean over frames, lower is better. similarity: 1 at no distance, 0 at that of the story's other characters
+    or more, NaN without others. identified: whether of all characters' true looks its own is the nearest; chance is
+    1 / cast. self_distance: dE between return and first appearance inside the video itself; true_self_distance: the
+    same in truth, where only light and side differ.
+    """
+
+    shot: int
+    first: int
+    distance: float
+    similarity: float
+    identified: bool
+    self_distance: float
+    true_self_distance: float
+
+
+def recurrence_similarity(
+    frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8], masks_FHW: NDArray[np.uint8],
+    shots: Sequence[Mapping[str, Any]],
+) -> list[Recurrence]:
+    """How each returning character looks: the weightless, procedural form of inter-shot consistency (spec 9.2).
+
+    masks: ids of the true video; shots: entries with start, end, id and returns_from (`vgr.data.stories`). A look is
+    the median L*, a*, b* inside the mask, frame by frame: where a generated character stands a little elsewhere,
+    half of the mask must still meet it. One clip is one unit: average a clip's returns before comparing arms with
+    `vgr.metrics.statistics`. Raises ValueError where shapes differ.
+    """
+    if not frames_FHW3.shape == truth_FHW3.shape == (*masks_FHW.shape, 3):
+        raise ValueError(f"video {frames_FHW3.shape}, truth {truth_FHW3.shape} and masks {masks_FHW.shape} must agree")
+    seen = {i: s for i, s in enumerate(shots) if s["id"]}
+    ours, true = ({i: _looks(video, masks_FHW, s) for i, s in seen.items()} for video in (frames_FHW3, truth_FHW3))
+    cast = {s["id"]: true[i].mean(0) for i, s in reversed(seen.items())}  # by first appearances
+
+    def apart(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.linalg.norm(a - b, axis=-1).mean())
+
+    found = []
+    for i, shot in seen.items():
+        if (first := shot["returns_from"]) is None:
+            continue
+        distance, mine = apart(ours[i], true[i]), ours[i].mean(0)
+        others = [apart(true[i], look) for who, look in cast.items() if who != shot["id"]]
+        found.append(Recurrence(
+            i, first, distance, max(0.0, 1 - distance / float(np.mean(others))) if others else np.nan,
+            min(cast, key=lambda who: apart(mine, cast[who])) == shot["id"],
+            apart(mine, ours[first].mean(0)), apart(true[i].mean(0), true[first].mean(0)),
+        ))
+    return found
+
+
+def _looks(video_FHW3: NDArray[np.uint8], masks_FHW: NDArray[np.uint8], shot: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Median Lab (F,3) inside the mask of a shot's character, of the frames that show it."""
+    span = range(shot["start"], shot["end"])
+    lab = {f: cv2.cvtColor(video_FHW3[f].astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for f in span}
+    return np.stack([np.median(lab[f][mine], axis=0) for f in span
+                     if (mine := masks_FHW[f] == shot["id"]).any()]).astype(np.float64)
 
 
 def with_policy(model: CausalVideo, policy: dict[str, Any]) -> CausalVideo:

@@ -28,7 +28,7 @@ from vgr.generator import Generator
 from vgr.metrics.shots import detect_cuts, no_cut_floor, shot_cut_accuracy
 from vgr.metrics.statistics import mean_interval
 from vgr.report import media
-from vgr.report.measure import cell
+from vgr.report.summary import cell
 
 NEAR, BATCH, SHOWN, COLUMNS = 2, 8, 3, 11  # frames off a told cut; stories at once; of the sheet: stories, frames
 

@@ -1,16 +1,19 @@
 """vgr-bench: make a set of videos by a frozen protocol and measure it, or measure a set somebody else made.
 
     vgr-bench checkpoint=runs/world_model/tiny/seed1 protocol=smoke
-    vgr-bench videos=folder data=data/doom/val
+    vgr-bench videos=folder                            # anyone's, without weights or data
+    vgr-bench videos=folder shards=datasets/doom/val protocol=standard check=true
 
-Making and measuring are apart: a video that stands and was made by the same weights, settings and protocol is
-not made again, so a killed run continues.
+Making and measuring are apart, and both go on where they stopped: a video that stands and was made by the same weights,
+settings and protocol is not made again, nor measured again by the same code. part=2/8 does an eighth of both; without
+part= the same command then finds all of it and writes the results.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
     from vgr.report.sets import VideoSet
 
+NEEDED = {"name", "clips", "reference", "frames", "seed", "sampling", "drift", "frechet", "frame_rate"}
+OPTIONAL = {"about", "fvd", "pose", "revisit", "shots"}
+
 
 def main() -> None:
     """Entry point of `vgr-bench` and `python -m vgr.bench`."""
@@ -33,31 +39,42 @@ def main() -> None:
 def body(cfg: DictConfig) -> None:
     """The command: conf/bench.yaml -> a set, results.json, videos.jsonl and report.html."""
     from vgr.data.shards import Shards
+    from vgr.report.sets import open_set
 
-    protocol = load_protocol(cfg.protocol)
     if (cfg.checkpoint is None) == (cfg.videos is None):
         raise ValueError("give either checkpoint=<run folder> or videos=<folder of mp4>, and not both")
+    protocol = load_protocol(cfg.protocol or ("general" if cfg.videos and not cfg.shards else "smoke"))
     generator, run_dir, videos = None, None, None
     if cfg.checkpoint is not None:
         from vgr.generator import Generator
 
-        given = {k: v for k, v in protocol["sampling"].items() if v is not None}
-        generator = Generator.load(cfg.checkpoint, device=cfg.device, **given)
+        generator = Generator.load(cfg.checkpoint, device=cfg.device, **protocol["sampling"])
         run_dir = find_run(Path(cfg.checkpoint))
         out = Path(cfg.out or (run_dir or Path(cfg.checkpoint)) / "bench" / protocol["name"])
     else:
-        from vgr.report.sets import open_set
-
         videos = open_set(cfg.videos)
         out = Path(cfg.out or Path("runs/bench") / videos.folder.resolve().name / protocol["name"])
-    data = cfg.data or (generator.data_info.get("val") if generator else None)
+    data = cfg.shards or (generator.data_info.get("val") if generator else None)
     if generator and not data:
-        raise ValueError("data=null and the checkpoint names no validation shards; give data=<val shards folder>")
+        raise ValueError("shards=null and the checkpoint names no validation shards; give shards=<val shards folder>")
+    if data and protocol["frames"] is None:
+        raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave shards out or take another")
+    part = re.fullmatch(r"(\d+)/(\d+)", str(cfg.part or "0/1"))
+    if not part or int(part[1]) >= int(part[2]):
+        raise ValueError(f"part={cfg.part}: must be i/n with i from 0 to n - 1, or null")
+    weights, statistics = Path(cfg.weights), Path(cfg.statistics) if cfg.statistics else None
+    if statistics and not statistics.is_dir():
+        raise ValueError(f"statistics={statistics} is no folder; give the statistics/ of another run's results")
+    if cfg.check:
+        cameras = data is not None or any(videos.folder.glob("*.cameras.npz"))
+        print("\n".join(check(protocol, weights, data, cameras, statistics)))
+        return
+    device = generator.device if generator else "cpu" if cfg.device == "auto" else cfg.device
     page = bench(
-        protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None,
-        run_dir=run_dir, batch=cfg.batch_size,
+        protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None, run_dir=run_dir,
+        batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights, statistics=statistics, device=device,
     )  # fmt: skip
-    print(page)
+    print(page or f"part {cfg.part} is done; the same command without part= writes the results once all are")
 
 
 def load_protocol(name: str) -> dict[str, Any]:
@@ -65,17 +82,32 @@ def load_protocol(name: str) -> dict[str, Any]:
     import yaml
 
     folder = command.root() / "benchmarks" / "protocols"
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    ours = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".json")}
+    path = Path(name) if str(name).endswith((".yaml", ".yml", ".json")) else ours.get(str(name), folder / name)
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ValueError(f"protocol={name} does not exist; choose {known}, or give a YAML file")
+        raise ValueError(f"protocol={name} does not exist; choose {', '.join(ours)}, or give a YAML or JSON file")
     text = path.read_bytes()
-    protocol = yaml.safe_load(text)
-    needed = {"name", "clips", "reference", "frames", "seed", "sampling", "drift", "frechet", "frame_rate"}
-    if not isinstance(protocol, dict) or set(protocol) != needed:
-        wrong = needed ^ set(protocol if isinstance(protocol, dict) else ())
+    protocol = yaml.safe_load(text)  # JSON is YAML
+    given = set(protocol if isinstance(protocol, dict) else ())
+    if wrong := (NEEDED - given) | (given - NEEDED - OPTIONAL):
         raise ValueError(f"protocol={name}: keys missing or unknown: {', '.join(sorted(map(str, wrong)))}")
     return {**protocol, "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def check(
+    protocol: dict[str, Any], weights: Path, data: str | None, cameras: bool, statistics: Path | None
+) -> list[str]:
+    """Lines saying which weights and data are there and which columns will stay empty, and why."""
+    from vgr.metrics import extractors
+    from vgr.report import results
+
+    missing, lines = extractors.missing(weights), [f"protocol {protocol['name']}, sha256 {protocol['sha256']}"]
+    for name, (file, how) in extractors.WEIGHTS.items() if "fvd" in protocol else ():
+        lines.append(f"{name}: no {weights / file}; {how}" if name in missing else f"{name}: {weights / file} is there")
+    lines.append(f"true videos: {data or 'none; give shards=<val shards>'}")
+    lines.append(f"cameras: {'there' if cameras else 'none; add <key>.cameras.npz'}")
+    empty = results.unavailable(None, protocol, data is not None, bool(data or statistics), cameras, weights)
+    return lines + [f"empty: {name}: {reason['why']}" for name, reason in empty.items()]
 
 
 def find_run(checkpoint: Path) -> Path | None:
@@ -84,45 +116,50 @@ def find_run(checkpoint: Path) -> Path | None:
 
 
 def bench(
-    protocol: dict[str, Any],
-    out: Path,
-    *,
-    generator: Any = None,
-    videos: VideoSet | None = None,
-    shards: Any = None,
-    run_dir: Path | None = None,
-    batch: int = 8,
-) -> Path:
-    """Make what is missing, measure all rows, write results; returns the page's path.
+    protocol: dict[str, Any], out: Path, *, generator: Any = None, videos: VideoSet | None = None, shards: Any = None,
+    run_dir: Path | None = None, batch: int = 8, part: tuple[int, int] = (0, 1), weights: Path = Path("weights"),
+    statistics: Path | None = None, device: str = "cpu",
+) -> Path | None:  # fmt: skip
+    """Make what is missing, measure all rows, write results; returns the page's path, None of one part of many.
 
-    generator: a callable as vgr.generator.Generator, with its attributes; or videos: a set. shards: the
-    validation clips, matched by key (needed with a generator). Raises ValueError on input that does not fit
-    together.
+    generator: a callable as vgr.generator.Generator, with its attributes; or videos: a set. shards: the validation
+    clips, matched by key (needed with a generator). part (i, n): this process's share. weights: folder of networks'
+    files; statistics: of true features' moments. Raises ValueError on input that does not fit together.
     """
-    from vgr.report import page, results
+    from vgr.metrics import extractors
+    from vgr.report import measure, page, results
     from vgr.report import rows as rows_
+    from vgr.report.table import LABELS
 
     sets: dict[str, VideoSet] = {} if videos is None else {"model": videos}
     reference = None
     if shards is None:
-        keys = list(videos.keys[: protocol["clips"]])
-        frames = min(protocol["frames"], *(len(videos.video(k)[0]) for k in keys))
+        keys, frames = list(videos.keys[: protocol["clips"]]), protocol["frames"]
+        if frames is not None:
+            frames = min(frames, *(len(videos.video(k)[0]) for k in keys))
     else:
         clips, frames = rows_.choose(protocol, shards, generator, videos)
         keys = [c.key for c in clips]
+    if part[1] > len(keys):
+        raise ValueError(f"part={part[0]}/{part[1]}: there are only {len(keys)} videos to share; take fewer parts")
+    if shards is not None:
         with progress(len(shards.keys), "true videos") as done:
-            sets["truth"], reference = rows_.true_sets(protocol, out, shards, clips, done)
+            sets["truth"], reference = rows_.true_sets(protocol, out, shards, clips, done, part)
         with progress((4 if generator else 1) * len(clips), "making videos") as done:
             if generator:
-                sets |= rows_.make_rows(protocol, out, generator, sets["truth"], clips, frames, batch, done)
-            sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done)
-    sets = {name: sets[name] for name in rows_.LABELS if name in sets}
+                sets |= rows_.make_rows(protocol, out, generator, sets["truth"], clips, frames, batch, done, part)
+            sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done, part)
+    sets = {name: sets[name] for name in LABELS if name in sets}
+    networks = extractors.load(weights, protocol["fvd"]["frames"], device) if "fvd" in protocol else {}
     total = len(keys) * len(sets) + (len(reference.keys) if reference else 0)
     with progress(total, "measuring") as done:
-        found, per_video = results.measure(protocol, sets, keys, frames, reference, done)
-    found = {"format": 1, **environment(), **found}
-    results.write(out, found, per_video)
-    return page.write(out / "report.html", run_dir, found, sets)
+        job = measure.Job(protocol, frames, networks, out / "measured", part, done)
+        found = results.measure(job, sets, keys, reference, out, weights, statistics)
+    if found is None:
+        return None
+    written = {"format": 1, **environment(), **found[0]}
+    results.write(out, written, found[1])
+    return page.write(out / "report.html", run_dir, written, sets)
 
 
 def environment() -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Generator:
         if shot is None:
             shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64)
         pieces: list[np.ndarray] = []
-        first_at, denoise, told = start, 0.0, 0
+        first_at, denoise = start, 0.0
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             args = (cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
             cond = conditioning(self.text, captions, *args, self.sampling.get("cut_prefix"))
@@ -183,14 +183,13 @@ class Generator:
             denoised = self._denoise(denoiser, cond, seeds, first, progress)
             for latents in denoised if self.refine is None else self.refine(denoised, captions):
                 denoise += self._clock() - mark
-                if not pieces:
-                    pieces.append(self.decoded(decode, latents[:, :, :1]))
-                    latents, first_at = latents[:, :, 1:], self._clock()
-                if latents.shape[2]:
-                    pieces.append(self.decoded(decode, latents))
-                for piece in pieces[told:] if watch is not None else ():
-                    watch(piece)
-                told, mark = len(pieces), self._clock()
+                for part in (latents,) if pieces else (latents[:, :, :1], latents[:, :, 1:]):
+                    if part.shape[2]:
+                        pieces.append(self.decoded(decode, part))
+                        first_at = self._clock() if len(pieces) == 1 else first_at
+                        if watch is not None:
+                            watch(pieces[-1])
+                mark = self._clock()
         total = mark - start
         timings = {
             "first_frame_s": first_at - start, "total_s": total, "denoise_s": denoise, "decode_s": total - denoise,

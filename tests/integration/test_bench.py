@@ -78,7 +78,7 @@ class Turner:
         self.weights_hash, self.dies_at, self.made = weights_hash, dies_at, []
         self.codec = CosineCodec(stride=(4, 4, 4), luma=(2, 1), chroma=(1,))
 
-    def __call__(self, first_BHWC, cameras, captions, seeds, progress=None, shot=None):
+    def __call__(self, first_BHWC, cameras, captions, seeds, progress=None, watch=None, shot=None):
         if self.dies_at is not None and len(self.made) >= self.dies_at:
             raise KeyboardInterrupt
         assert cameras.c2w.shape[:2] == (len(first_BHWC), FRAMES) == (len(captions), FRAMES) and len(seeds) == len(
@@ -92,8 +92,11 @@ class Turner:
             moved = [cv2.warpAffine(first, steps[0] + np.float32([[0, 0, -y * FX * W], [0, 0, 0]]), (W, H),
                                     borderMode=cv2.BORDER_REFLECT) for y in steps[1]]  # fmt: skip
             videos.append((np.stack(moved) * fade).astype(np.uint8))
+        videos = np.stack(videos)
+        for start, end in ((0, 1), (1, 13), (13, FRAMES)) if watch is not None else ():
+            watch(videos[:, start:end])
         timing = {"first_frame_s": 1e-6, "total_s": 3e-6, "denoise_s": 2e-6, "decode_s": 1e-6, "frames": FRAMES}
-        return np.stack(videos), timing
+        return videos, timing
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +342,168 @@ def test_a_full_disk_leaves_only_whole_videos_and_the_run_continues(finished, wo
     bench_.bench(PROTOCOL, tmp_path / "out", generator=Turner(), shards=world)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["rows"]["model"]["metrics"]["psnr_db"] == finished[1]["rows"]["model"]["metrics"]["psnr_db"]
+
+
+def without_times(found):
+    """results.json but for what a clock or the machine's memory said."""
+    timed = [k for k, m in found["metrics"].items() if m["section"] == "frame_rate"]
+    rows = {r: x | {"metrics": {k: c for k, c in x["metrics"].items() if k not in timed}}
+            for r, x in found["rows"].items()}  # fmt: skip
+    return found | {"rows": rows}
+
+
+def test_parts_share_the_work_and_merge_to_the_same_numbers(finished, world, tmp_path):
+    makers = [Turner() for _ in range(3)]
+    for i in (2, 0, 1):  # in any order
+        assert bench_.bench(PROTOCOL, tmp_path, generator=makers[i], shards=world, part=(i, 3), batch=4) is None
+    assert [len(t.made) for t in makers] == [2 + 2 + 3, 2 + 2, 2 + 2]  # the first one measures speed
+    assert not (tmp_path / "results.json").exists()
+    last = Turner()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*") if p.suffix in (".mp4", ".npz", ".json")}
+    page = bench_.bench(PROTOCOL, tmp_path, generator=last, shards=world)
+    assert last.made == [] and page.is_file()  # nothing is made again, nor measured again
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert without_times(found) == without_times(finished[1])
+    assert found["rows"]["model"]["metrics"]["steady_frames_per_s"]["count"] == 2
+    lines = [(out / "videos.jsonl").read_text() for out in (tmp_path, finished[0])]
+    assert lines[0] == lines[1]
+
+
+def test_a_measured_video_is_measured_again_when_its_bytes_change(finished, world, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    key = world.keys[0]
+    changed = read_video(out / "model" / f"{key}.mp4")[0] // 2
+    (out / "model" / f"{key}.mp4").write_bytes(encode_video(changed, FPS))
+    bench_.bench(PROTOCOL, out, generator=Turner(), shards=world)
+    rows = [[json.loads(x) for x in (o / "videos.jsonl").read_text().splitlines()] for o in (out, finished[0])]
+    differ = {(a["row"], a["key"]) for a, b in zip(*rows) if a != b}
+    assert differ == {("model", key)}
+
+
+def test_drift_stands_beside_truth_codec_and_chance(finished):
+    _, found, page = finished
+    table = found["drift"]
+    assert list(table) == list(found["rows"]) and set(table["model"]) == set(table["truth"])
+    fading = table["model"]["lightness"]
+    assert fading["over_truth_per_s"]["high"] < 0 and fading["over_codec_per_s"]["high"] < 0
+    assert fading["over_truth_per_s"]["value"] == pytest.approx(
+        found["rows"]["model"]["metrics"]["lightness_excess_per_s"]["value"])  # fmt: skip
+    assert fading["end_minus_start_size"]["value"] > 2 * fading["size_floor"]
+    assert "over_truth_per_s" not in table["truth"]["lightness"]
+    cells = {row: x["metrics"] for row, x in found["rows"].items()}
+    assert cells["frozen"]["stagnation"]["value"] == 1 and cells["truth"]["stagnation"]["value"] < 0.5
+    assert cells["model"]["time_to_failure_s"]["value"] <= cells["truth"]["time_to_failure_s"]["value"]
+    assert "By chance" in page.read_text()
+    compared = [c for c in found["comparisons"] if c["control"] == "swapped" and c["metric"] == "psnr_db"][0]
+    assert compared["p"] == 2 / 2**6 and compared["rank_biserial"] == 1 and compared["count"] == 6
+
+
+def test_a_streaming_models_controls_are_timed_to_the_frame_that_shows_them(world, tmp_path):
+    class Streaming(Turner):
+        chunk = 3  # latent frames beside the first: the second chunk begins at frame 13, as the second piece ends
+
+    generator = Streaming()
+    bench_.bench({**PROTOCOL, "clips": 4}, tmp_path, generator=generator, shards=world)
+    info = json.loads((tmp_path / "model" / "set.json").read_text())
+    assert info["chunk_starts"] == [13]
+    cells = json.loads((tmp_path / "results.json").read_text())["rows"]["model"]["metrics"]
+    assert cells["control_latency_s"]["count"] == 1 and 0 < cells["control_latency_s"]["value"] < 1
+    assert cells["seam_ratio"]["count"] == 4
+    assert len(generator.made) == 4 + 4 + 3 + 2  # both rows, warm-up and two requests, and the pair that is compared
+
+
+class Mean:
+    """A network of two features, so that its distances are quickly computed."""
+
+    frames = 12
+
+    @staticmethod
+    def features(clips):
+        return np.stack([clips.mean((1, 2, 3, 4)), clips[:, -1].mean((1, 2, 3)) - clips[:, 0].mean((1, 2, 3))], axis=1)
+
+
+def test_networks_give_fvd_with_its_companions_and_statistics_serve_later_runs(world, tmp_path, monkeypatch):
+    from vgr.metrics import extractors
+    from vgr.metrics.fvd import frechet_distance
+
+    network = extractors.Extractor(Mean.frames, {"extractor": "i3d_torchscript", "sha256": "ab"}, Mean.features)
+    monkeypatch.setattr(extractors, "load", lambda folder, frames, device: {"fvd": network})
+    protocol = {**PROTOCOL, "fvd": {"frames": 12, "stride": 1}}
+    bench_.bench(protocol, tmp_path / "a", generator=Turner(), shards=world)
+    found = json.loads((tmp_path / "a" / "results.json").read_text())
+    cell = found["rows"]["model"]["metrics"]["fvd"]
+    videos = [read_video(tmp_path / "a" / "model" / f"{k}.mp4")[0] for k in world.keys[:6]]
+    kept = [json.loads((tmp_path / "a" / "measured" / "reference" / f"{k}.json").read_text()) for k in world.keys[6:]]
+    true = np.concatenate([x["features"]["fvd"] for x in kept])
+    ours = np.concatenate([Mean.features(v[None, 1:13]) for v in videos])  # the given first frame is left out
+    assert cell["value"] == pytest.approx(frechet_distance(ours, true, ddof=0))
+    assert cell["low"] <= cell["value"] <= cell["high"] and cell["null_bias"] > 0 and cell["windows"] == 6
+    assert cell["mmd"]["count"] == 6 and found["metrics"]["fvd"]["settings"]["weights"]["sha256"] == "ab"
+    assert set(found["checks"]["frame_orders"]) == {"fvd", "fd_clipstats48"}
+    assert "fvd" not in found["unavailable"] and "videomae" in found["unavailable"]["fd_videomae"]["why"]
+    theirs = open_set(tmp_path / "a" / "model")
+    bench_.bench(protocol, tmp_path / "b", videos=theirs, statistics=tmp_path / "a" / "statistics")
+    alone = json.loads((tmp_path / "b" / "results.json").read_text())["rows"]["model"]["metrics"]
+    assert alone["fvd"]["value"] == pytest.approx(cell["value"]) and alone["fvd"]["low"] is None
+    assert alone["fd_clipstats48"]["value"] == pytest.approx(
+        found["rows"]["model"]["metrics"]["fd_clipstats48"]["value"])  # fmt: skip
+
+
+def test_anyones_videos_are_measured_whole_without_weights_or_data(world, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    long = np.concatenate([world.videos[0], world.videos[5], world.videos[5][::-1]])
+    for name, video in (("long & <b>", long), ("short", world.videos[1]), ("wide", world.videos[2][:, :, :40])):
+        (folder / f"{name}.mp4").write_bytes(encode_video(video, FPS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vgr-bench", f"videos={folder}"])
+    bench_.main()
+    out = tmp_path / "runs" / "bench" / "theirs" / "general"
+    assert capsys.readouterr().out.strip() == str(out.relative_to(tmp_path) / "report.html")
+    found = json.loads((out / "results.json").read_text())
+    lines = {x["key"]: x for x in map(json.loads, (out / "videos.jsonl").read_text().splitlines())}
+    assert list(lines) == ["long & <b>", "short", "wide"] and found["protocol"]["name"] == "general"
+    assert [lines[k]["cuts"] for k in lines] == [1, 0, 0]
+    cells = found["rows"]["model"]["metrics"]
+    assert cells["motion_level"]["count"] == 3 and "psnr_db" not in cells
+    assert cells["cuts"]["value"] == pytest.approx(1 / 3)
+    assert found["drift"]["model"]["noise"]["per_s"]["count"] == 3
+    assert {"drift", "fvd", "psnr_db", "frames_per_s"} <= set(found["unavailable"])
+    assert found["unavailable"]["rot_imputed_deg"]["why"] == "no cameras"
+    html = (out / "report.html").read_text()
+    assert html.count("data:video/mp4;base64,") == 3 and "each measured whole" in html
+    assert "long &amp; &lt;b&gt;" in html and "long & <b>" not in html
+
+
+def test_check_says_what_is_there_and_what_stays_empty(tmp_path, monkeypatch, capsys):
+    (tmp_path / "weights" / "videomae").mkdir(parents=True)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(encode_video(np.zeros((9, 16, 16, 3), np.uint8), FPS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vgr-bench", "videos=clips", "protocol=standard", "check=true"])
+    bench_.main()
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("protocol standard, sha256 ")
+    assert any(x.startswith("fvd: no weights/i3d_torchscript.pt; put i3d_torchscript.pt (51 MB") for x in told)
+    assert "fd_videomae: weights/videomae is there" in told
+    assert "true videos: none; give shards=<val shards>" in told and "cameras: none; add <key>.cameras.npz" in told
+    empty = {x.split(": ")[1] for x in told if x.startswith("empty: ")}
+    assert {"fvd", "fd_videomae", "psnr_db", "drift", "memory_db", "rot_imputed_deg"} <= empty
+    assert not {"motion_level", "cuts", "frames_per_s"} & empty
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clips", "weights"]  # and nothing was done
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["part=3/3"], "part=3/3: must be i/n"), (["part=-1/3"], "part=-1/3"), (["part=two"], "part=two"),
+     (["protocol=general", "shards=here"], "measures videos by themselves")],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, words, told):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["vgr-bench", "videos=.", *words])
+    with pytest.raises(SystemExit):
+        bench_.main()
+    assert told in capsys.readouterr().err

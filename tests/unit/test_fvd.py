@@ -2,8 +2,16 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from benchmarks.few_steps import frechet_gain
 from vgr.metrics.features import SIZE, clip_features, windows
-from vgr.metrics.fvd import frechet_distance, frechet_gain, frechet_interval, moments, null_bias
+from vgr.metrics.fvd import (
+    Moments,
+    frechet_between,
+    frechet_distance,
+    frechet_interval,
+    kernel_distance,
+    null_bias,
+)
 
 
 def golden():
@@ -84,7 +92,7 @@ def test_interval_covers_repeated_draws():
 def test_paired_gain_is_around_zero_for_equal_sets_and_finds_the_better_one():
     truth, rng = np.random.default_rng(9).normal(size=(64, 2, 5)), np.random.default_rng(10)
     near, far = truth + 0.3 * rng.normal(size=truth.shape), truth + 0.5 + 0.3 * rng.normal(size=truth.shape)
-    assert tuple(frechet_gain(near, near, truth)) == (0.0, 0.0, 0.0, 64)
+    assert frechet_gain(near, near, truth)[:4] == (0.0, 0.0, 0.0, 64)
     better, worse = frechet_gain(near, far, truth), frechet_gain(far, near, truth)
     assert better.low > 0 and (worse.value, worse.high) == pytest.approx((-better.value, -better.low))
     assert better.value == frechet_distance(far.reshape(-1, 5), truth.reshape(-1, 5)) - frechet_distance(
@@ -113,9 +121,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="feature sizes differ"):
         frechet_distance(x, np.zeros((4, 2)))
     with pytest.raises(ValueError, match="NaN"):
-        moments(np.full((4, 3), np.nan))
+        Moments.of(np.full((4, 3), np.nan))
     with pytest.raises(ValueError, match="at least 2"):
-        moments(np.zeros((1, 3)))
+        frechet_distance(np.zeros((1, 3)), x)
 
 
 def texture_clip(seed, speed=1.5, frames=16):
@@ -153,6 +161,76 @@ def test_shuffled_frames_control_and_direction_of_motion():
     shuffled = np.stack([clip_features(texture_clip(s)[rng.permutation(16)]) for s in range(100, 180)])
     backward = np.stack([clip_features(texture_clip(s, speed=-1.5)) for s in range(100, 180)])
     floor = frechet_distance(other, truth)
-    assert floor == pytest.approx(null_bias(moments(truth)[1], 80, 80), rel=0.5)
+    assert floor == pytest.approx(null_bias(Moments.of(truth).covariance(), 80, 80), rel=0.5)
     assert frechet_distance(shuffled, truth) > 2 * floor
     assert frechet_distance(backward, truth) > 2 * floor
+
+
+# ------------------------------------------------------------------------------- streamed moments and their files
+
+
+def test_moments_of_any_split_merge_to_those_of_the_whole():
+    rng = np.random.default_rng(12)
+    x = 1e4 + rng.normal(size=(500, 8)) @ rng.normal(size=(8, 8))  # far from the origin: no cancellation
+    whole = Moments.of(x)
+    for cuts in ([1], [1, 2, 3], [100, 250, 251], sorted(rng.choice(499, 40, replace=False) + 1)):
+        parts = [Moments.of(p) for p in np.split(x, cuts)]
+        order = rng.permutation(len(parts))
+        merged = parts[order[0]]
+        for i in order[1:]:
+            merged = merged.merged(parts[i])
+        assert merged.count == 500
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
+        np.testing.assert_allclose(merged.covariance(), np.cov(x.T), rtol=1e-9)
+    assert frechet_between(whole, Moments.of(x[::2])) == pytest.approx(frechet_distance(x, x[::2]), rel=1e-12)
+
+
+def test_statistics_files_come_back_and_refuse_other_features(tmp_path):
+    rng = np.random.default_rng(13)
+    x, y, about = rng.normal(size=(50, 6)), rng.normal(size=(40, 6)), {"extractor": "here", "frames": 16}
+    path = tmp_path / "fd.npz"
+    with path.open("wb") as file:
+        Moments.of(x).save(file, about)
+    assert frechet_between(Moments.load(path, about), Moments.of(y)) == frechet_distance(x, y)
+    with pytest.raises(ValueError, match=r"other features \(frames: 16 there, 8 here\)"):
+        Moments.load(path, {**about, "frames": 8})
+    for name, broken in {"nan": {"mean": np.full(6, np.nan)}, "shape": {"scatter": np.zeros((5, 5))},
+                         "one": {"count": np.int64(1)}, "objects": {"mean": np.array([{}], dtype=object)}}.items():
+        with np.load(path) as file:
+            arrays = dict(file) | broken
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match="no file of feature statistics"):
+            Moments.load(tmp_path / f"{name}.npz", about)
+    (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="no file of feature statistics"):
+        Moments.load(tmp_path / "cut.npz", about)
+
+
+# ---------------------------------------------------------------------------------------------- MMD, the companion
+
+
+def test_kernel_distance_is_torchmetrics_and_free_of_the_number_of_rows():
+    import torch
+    from torchmetrics.image.kid import poly_mmd
+
+    rng = np.random.default_rng(14)
+    x, y = rng.normal(size=(60, 12)), rng.normal(size=(60, 12)) * 1.1 + 0.2
+    assert kernel_distance(x, y) == pytest.approx(float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y))), rel=1e-9)
+    for n in (20, 80):  # no bias, where the Frechet distance has null_bias
+        draws = [kernel_distance(rng.normal(size=(n, 12)), rng.normal(size=(n, 12))) for _ in range(200)]
+        assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(200) and min(draws) < 0
+    interval = frechet_interval(x, y, np.arange(60), np.arange(60), 40, kernel_distance)
+    assert interval.low < interval.value == kernel_distance(x, y) < interval.high
+
+
+def test_the_distances_equal_torchmetrics_own():
+    import torch
+    from torchmetrics.image.fid import _compute_fid
+
+    for n, m, d in ((300, 200, 16), (500, 2000, 100)):
+        rng = np.random.default_rng(n)
+        x, y = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / 4, rng.normal(size=(m, d))
+        means = [torch.from_numpy(z.mean(0)) for z in (x, y)]
+        covs = [torch.from_numpy(np.cov(z.T)) for z in (x, y)]
+        theirs = float(_compute_fid(means[0], covs[0], means[1], covs[1]))
+        assert frechet_distance(x, y) == pytest.approx(theirs, rel=1e-6)

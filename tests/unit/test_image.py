@@ -36,3 +36,23 @@ def test_ssim_equals_its_formula():
         c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
         values.append((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
     assert image.ssim(a, b)[0] == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_ssim_is_torchmetrics_and_its_uniform_form_the_formula():
+    import torch
+    from scipy.ndimage import uniform_filter
+    from torchmetrics.functional.image import structural_similarity_index_measure as theirs
+
+    rng = np.random.default_rng(3)
+    a = rng.integers(0, 256, (2, 40, 52, 3), dtype=np.uint8)
+    b = (a * 0.7 + rng.integers(0, 60, a.shape)).astype(np.uint8)
+    x, y = (torch.from_numpy(z).permute(0, 3, 1, 2).float() for z in (a, b))
+    want = theirs(x, y, gaussian_kernel=True, sigma=1.5, data_range=255.0, reduction="none").numpy()
+    assert image.ssim(a, b) == pytest.approx(want, abs=1e-5)
+    x, y = a[0].astype(float), b[0].astype(float)
+    blur = lambda z: uniform_filter(z, (11, 11, 0), mode="reflect")  # noqa: E731
+    mx, my = blur(x), blur(y)
+    vx, vy, vxy = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    formula = ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
+    assert image.ssim(a, b, uniform=True)[0] == pytest.approx(formula, abs=1e-9)

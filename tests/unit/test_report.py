@@ -97,3 +97,13 @@ def test_embedded_video_is_enlarged_whole(tmp_path):
     uri = media.video_uri(clip, 8.0, width=48)
     (tmp_path / "v.mp4").write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
     assert read_video(tmp_path / "v.mp4")[0].shape == (5, 32, 48, 3)
+
+
+def test_large_and_odd_videos_are_brought_to_a_size_a_page_can_hold(tmp_path):
+    from vgr.data.video import read_video
+
+    for shape, want in (((30, 193), (30, 192)), ((360, 1280), (144, 512))):
+        clip = np.random.default_rng(1).integers(0, 255, (3, *shape, 3)).astype(np.uint8)
+        data = base64.b64decode(media.video_uri(clip, 8.0).removeprefix("data:video/mp4;base64,"))
+        assert read_video(data)[0].shape == (3, *want, 3)
+    assert media.sheet([clip, clip], count=3).shape == (2 * 72 + 1, 3 * 256 + 2, 4)

@@ -4,9 +4,10 @@ import cv2
 import numpy as np
 import pytest
 
+from benchmarks.memory import recurrence_similarity
 from vgr.data.stories import StorySource
 from vgr.data.worlds import WorldSource
-from vgr.metrics.shots import detect_cuts, detect_jumps, no_cut_floor, recurrence_similarity, shot_cut_accuracy
+from vgr.metrics.shots import detect_cuts, detect_jumps, no_cut_floor, shot_cut_accuracy
 from vgr.metrics.statistics import mean_interval
 
 

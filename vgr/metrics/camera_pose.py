@@ -118,19 +118,17 @@ def pose_errors(
 ) -> dict[str, float | bool]:
     """Rotation, translation and CamMC errors of a path (F,4,4) against a reference (F,4,4), specs/benchmarks 4.1.
 
-    rot_mean_deg, rot_sum_rad: geodesic angles; trans_mean, trans_sum: distances in the reference's unit;
-    cammc_mean, cammc_sum: Frobenius norms of the difference of the 3x4 matrices; all over frames both paths
-    have. rot_imputed_deg and trans_imputed count missing frames as not having moved from the first. align and
-    scale: ALIGNMENTS, SCALES; sim3 fits its own scale, se3 none. scale: factor put on the estimate. coverage:
-    share of the reference's frames that were registered (unregistered ones are rows of NaN).
+    rot_mean_deg, rot_sum_rad: geodesic angles; trans_mean, trans_sum: distances in the reference's unit; cammc_mean,
+    cammc_sum: Frobenius norms of the 3x4 matrices' difference; over frames both paths have. rot_imputed_deg and
+    trans_imputed count missing frames as not having moved. align and scale: ALIGNMENTS, SCALES; sim3 fits its own
+    scale, se3 none. scale: factor put on the estimate. coverage: share of the reference's frames that are registered
+    (others are rows of NaN). path_length_ratio (before alignment) and speed_correlation (Pearson's r of step lengths)
+    show an estimate that hardly moves, which a fitted scale hides.
 
-    degenerate is true where the reference (for se3 and sim3 also the estimate) stands still, only turns or runs
-    straight, or fewer than two frames are registered. What that leaves undetermined is NaN: everything after
-    `se3` or `sim3`, whose rotation the centres cannot give; translation and CamMC where the reference stands
-    still, the estimate does not, and a scale would have to be fitted. Rotations under `rotation_mean` and
-    `first_frame` stay meaningful.
-    path_length_ratio (before alignment) and speed_correlation (Pearson's r of step lengths) show an estimate
-    that hardly moves, which a fitted scale hides.
+    degenerate: the reference (for se3 and sim3 also the estimate) stands still, only turns or runs straight, or fewer
+    than two frames are registered. What that leaves undetermined is NaN: everything after `se3` or `sim3`, whose
+    rotation the centres cannot give; translation and CamMC where the reference stands still, the estimate does not,
+    and a scale would have to be fitted. Rotations under `rotation_mean` and `first_frame` stay meaningful.
     """
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
@@ -175,12 +173,10 @@ def trajectory_errors(
 ) -> dict[str, float | bool]:
     """ATE and RPE of a path (F,4,4) against a reference (F,4,4), as evo and TUM define them (specs/benchmarks 4.1).
 
-    ate_rmse: root mean square distance of aligned centres; rpe_trans_rmse and rpe_rot_mean_deg: relative motion
-    over `delta` frames, E = (Q_i^-1 Q_i+d)^-1 (P_i^-1 P_i+d), of frame pairs both registered. align `sim3` and
-    `rotation_mean` fit a scale, the others none. NaN rows are unregistered frames; coverage, scale.
-
-    degenerate as in `pose_errors`; ate_rmse is then NaN under `se3` and `sim3`, whose rotation is undetermined,
-    and what needs a fitted scale is NaN where the reference stands still.
+    ate_rmse: root mean square distance of aligned centres; rpe_trans_rmse and rpe_rot_mean_deg: relative motion over
+    `delta` frames, E = (Q_i^-1 Q_i+d)^-1 (P_i^-1 P_i+d), of pairs both registered (others are rows of NaN). `sim3` and
+    `rotation_mean` fit a scale, the others none. coverage, scale and degenerate as in `pose_errors`: ate_rmse is then
+    NaN under `se3` and `sim3`, and what needs a fitted scale where the reference stands still.
     """
     keys = ("ate_rmse", "rpe_trans_rmse", "rpe_rot_mean_deg", "scale")
     est, ref, _, both, result = _start(estimated_c2w, reference_c2w, align, keys)

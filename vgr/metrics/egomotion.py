@@ -1,14 +1,11 @@
 """Camera motion from frame to frame by optical flow, for video too small for structure from motion.
 
-At 64x48 to 160x120 pixels reconstructions fail or are degrees off even on true video, while the motion from
-one frame to the next is small and well seen by flow: corner tracks (Lucas-Kanade), then rotation and heading
-(direction of translation) that best satisfy the epipolar constraint f1 . (t x R f2) = 0, whose small-rotation
-form is the differential one. The scale of translation cannot be seen, so rotation and heading stand apart.
-
-Method: one track per cell of a grid (its best corner), weighted by the forward-backward error; a rotation-only
-fit; for each of a fan of headings the rotation that fits best (a linear problem); the four best, apart from
-each other, refined in all five unknowns by iteratively reweighted Gauss-Newton with Cauchy weights, so that
-moving things and false tracks lose their say; the lowest robust cost wins. All steps of a clip at once.
+At 64x48 to 160x120 pixels reconstructions fail or are degrees off even on true video, while the small motion between
+frames is well seen by flow: corner tracks (Lucas-Kanade), then rotation and heading (direction of translation; its
+scale cannot be seen) that best satisfy the epipolar constraint f1 . (t x R f2) = 0. One track per cell of a grid,
+weighted by its forward-backward error; a rotation-only fit; for each of a fan of headings the rotation that fits best
+(a linear problem); the four best, apart from each other, refined in all five unknowns by reweighted Gauss-Newton with
+Cauchy weights, so that moving things lose their say; the lowest robust cost wins. All steps of a clip at once.
 """
 
 from __future__ import annotations
@@ -93,11 +90,6 @@ def _cross(a: Array, b: Array) -> Array:
     return np.stack([a1 * b2 - a2 * b1, a2 * b0 - a0 * b2, a0 * b1 - a1 * b0], axis=-1)
 
 
-def _exp(w_S3: Array) -> Array:
-    """Rotation matrices (S,3,3) of rotation vectors (S,3)."""
-    return Rotation.from_rotvec(w_S3).as_matrix()
-
-
 def _solve(J_SND: Array, r_SN: Array, w_SN: Array) -> Array:
     """Weighted least squares (S,D) of J d = r, slightly damped so that a step without tracks gives zeros."""
     weighted = (J_SND * w_SN[..., None]).swapaxes(-1, -2)
@@ -118,7 +110,7 @@ def _rotation_only(f1: Array, f2: Array, w: Array, focal: Array) -> Array:
         J_x = np.stack([-x * y, 1 + x * x, -y], axis=-1) * focal[:, None, :1]
         J_y = np.stack([-1 - y * y, x * y, x], axis=-1) * focal[:, None, 1:]
         J, e = np.concatenate([J_x, J_y], axis=1), np.concatenate([error[:, 0], error[:, 1]], axis=1)
-        R = _exp(_solve(J, e, np.concatenate([robust, robust], axis=1))) @ R
+        R = Rotation.from_rotvec(_solve(J, e, np.concatenate([robust, robust], axis=1))).as_matrix() @ R
     return R
 
 
@@ -176,7 +168,7 @@ def _refine(f1: Array, f2: Array, w: Array, focal: Array, t: Array, R: Array) ->
         J = np.concatenate([_cross(g, _cross(f1, t[:, None])), _cross(g, f1) @ tangent], axis=-1)
         J = J / divisor[..., None]
         d = _solve(J, -r, w / (1 + (r / max(_NOISE_PX, 0.6**step)) ** 2))
-        R = _exp(d[:, :3]) @ R
+        R = Rotation.from_rotvec(d[:, :3]).as_matrix() @ R
         t = t + (tangent @ np.clip(d[:, 3:], -0.4, 0.4)[..., None])[..., 0]
         t = t / np.linalg.norm(t, axis=-1, keepdims=True)
     r, _ = _epipolar(f1, f2 @ R.swapaxes(-1, -2), t, focal)
@@ -216,7 +208,7 @@ def flow_rotation(frames_FHW3: ArrayLike, intrinsics: ArrayLike) -> FlowMotion:
     best = np.full(len(w), np.inf)
     t, R = np.zeros((len(w), 3)), R0
     for heading, turn in _starting_points(f1, f2 @ R0.swapaxes(-1, -2), w, focal):
-        t_new, R_new, cost = _refine(f1, f2, w, focal, heading, _exp(turn) @ R0)
+        t_new, R_new, cost = _refine(f1, f2, w, focal, heading, Rotation.from_rotvec(turn).as_matrix() @ R0)
         better = cost < best
         best = np.where(better, cost, best)
         t, R = np.where(better[:, None], t_new, t), np.where(better[:, None, None], R_new, R)
@@ -238,11 +230,10 @@ def flow_rotation(frames_FHW3: ArrayLike, intrinsics: ArrayLike) -> FlowMotion:
 def score_motion(found: FlowMotion, c2w_F44: ArrayLike) -> dict[str, float]:
     """How well a video's motion follows commanded cameras c2w (F,4,4) in metres, whatever the first pose.
 
-    rot_step_mean_deg: mean angle between estimated and commanded rotation, degrees a frame, over reliable
-    steps; rot_step_imputed_deg: the same with unreliable steps counted as no motion; heading_mean_deg: mean
-    angle between the directions of translation over reliable steps where the command moves (by over 5 mm and a
-    fifth of the path's fast steps), a still video counting as 90; heading_imputed_deg: with unreliable steps at
-    90 too; coverage: share of reliable steps. NaN where nothing qualifies.
+    rot_step_mean_deg: mean angle between estimated and commanded rotation, a frame, over reliable steps; _imputed_:
+    unreliable steps count as no motion. heading_mean_deg: mean angle between the directions of translation over
+    reliable steps where the command moves (over 5 mm and a fifth of the path's fast steps), a still video counting as
+    90; _imputed_: unreliable steps at 90 too. coverage: share of reliable steps. NaN where nothing qualifies.
     """
     c2w, ok = np.asarray(c2w_F44, dtype=np.float64), found.reliable
     if c2w.shape != (len(ok) + 1, 4, 4):

@@ -18,12 +18,11 @@ _FLOOR = 1.0 / 255.0  # one grey level; keeps logarithms finite on still video
 def clip_features(frames_FHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
     """The 48 statistics of one window of at least 9 frames, float64 (48,).
 
-    Opponent colours (luma, R - G, (R + G) / 2 - B) after an area resize to 64x48. In order: 12 mean colours
-    of a 2x2 grid; 3 spatial and 3 temporal standard deviations; log mean gradient along 4 directions at 2
-    scales (8); log mean frame difference at lags 1, 2, 4, 8 at 2 scales (8); the same at lag 1 on the 2x2
-    grid (4); normal flow in pixels a frame of the left, right, upper and lower half at 2 scales (8); log
-    ratio of second to first time differences at 2 scales (2). Colours are multiplied by 4 so that every entry
-    varies by about one between clips.
+    Opponent colours (luma, R - G, (R + G) / 2 - B) after an area resize to 64x48. In order: 12 mean colours of a 2x2
+    grid (times 4, so that every entry varies by about one between clips); 3 spatial and 3 temporal standard
+    deviations; log mean gradient along 4 directions at 2 scales (8); log mean frame difference at lags 1, 2, 4, 8 at 2
+    scales (8); the same at lag 1 on the 2x2 grid (4); normal flow in pixels a frame of the left, right, upper and
+    lower half at 2 scales (8); log ratio of second to first time differences at 2 scales (2).
     """
     if frames_FHW3.ndim != 4 or frames_FHW3.shape[-1] != 3 or len(frames_FHW3) < 9:
         raise ValueError(f"clip_features: frames have shape {frames_FHW3.shape}; needs (F, H, W, 3) with 9 or more")

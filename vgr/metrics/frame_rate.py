@@ -1,41 +1,143 @@
-"""Speed of generation: first frame, frames a second (benchmarks spec, section 7)."""
+"""Speed, latency and memory of generation (benchmarks spec, section 7).
+
+Times are taken here, from a clock and from the frames that arrive, never from what a generator says of itself: all but
+`denoise_s`, which only it knows and which is reported under that name alone.
+"""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Timing = dict[str, float]
+from vgr.metrics.statistics import Interval
+
+Timing = dict[str, Any]
+Watch = Callable[[NDArray[np.uint8]], None]
+Request = Callable[[Watch], tuple[NDArray[np.uint8], Timing]]
+LEAST = {50: 1, 90: 10, 95: 100, 99: 100}  # percentile -> chunks it needs to be more than the slowest one
 
 
-def measure_requests(requests: Sequence[Callable[[], tuple[np.ndarray, Timing]]], warmup: int = 1) -> list[Timing]:
+def measure_requests(
+    requests: Sequence[Request], warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> list[Timing]:
     """Run every request, one after another, and return one timing each, after `warmup` untimed calls of the first.
 
-    A request returns (videos_BFHWC, the generator's own timings). Wall time and frames are taken here, from
-    the clock and from the decoded video, not from what the generator says.
+    A request takes watch(frames (B,f,H,W,3)), to be called with frames on the host as they are decoded, and returns all
+    of them (B,F,H,W,3) with its own timings. A timing: wall_s, frames (of all videos), videos, arrivals [[seconds,
+    frames]] of each video's pieces, held_bytes then, memory_bytes at the end, and the generator's denoise_s.
     """
-    for _ in range(warmup):
-        requests[0]()
-    timings = []
-    for request in requests:
-        start = time.perf_counter()
-        videos, own = request()  # decoded videos are on the host: the device has finished
-        wall = time.perf_counter() - start
-        timings.append({**own, "wall_s": wall, "frames": int(videos.shape[0] * videos.shape[1])})
-    return timings
+    timings: list[Timing] = []
+    for request in (*requests[:1] * warmup, *requests):
+        if (cuda := _cuda()) is not None:
+            cuda.reset_peak_memory_stats()
+        pieces: list[tuple[float, int, int]] = []
+
+        def watch(frames: NDArray[np.uint8], pieces: list[Any] = pieces) -> None:
+            memory = memory_bytes()
+            pieces.append((clock(), frames.shape[1], memory.get("held", memory["host"])))
+
+        start = clock()
+        videos, own = request(watch)
+        wall = clock() - start  # decoded videos are on the host: the device has finished
+        timings.append({"wall_s": wall, "frames": int(videos.shape[0] * videos.shape[1]), "videos": len(videos),
+                        "arrivals": [[at - start, count] for at, count, _ in pieces], "denoise_s": own.get("denoise_s"),
+                        "held_bytes": [held for *_, held in pieces], "memory_bytes": memory_bytes()})  # fmt: skip
+    return timings[warmup:]
 
 
-def summarize(timings: Sequence[Timing]) -> dict[str, list[float]]:
-    """Per-request values by metric name, from timings with wall_s, frames, first_frame_s, denoise_s, as far as given.
+def memory_bytes() -> dict[str, int]:
+    """Memory by who counts it: the process's peak on the `host`; of a GPU tensors `held` now, peaks `allocated` and
+    `reserved` (torch's pool), and what the driver gives away on the whole `device` (other processes too)."""
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    if (cuda := _cuda()) is not None:
+        free, total = cuda.mem_get_info()
+        found |= {"held": cuda.memory_allocated(), "allocated": cuda.max_memory_allocated(),
+                  "reserved": cuda.max_memory_reserved(), "device": total - free}  # fmt: skip
+    return found
 
-    first_frame_s: request to first decoded frame. frames_per_s: all frames by the whole time, text encoding
-    and decoding included. denoise_frames_per_s: by denoising alone.
+
+def _cuda() -> Any:
+    """torch.cuda where torch is in use and sees a GPU, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
+    """Per-request values by metric name, from timings as far as they go; those of older sets have first_frame_s.
+
+    first_frame_s: request (text not yet encoded) to the first frames on the host. frames_per_s: all frames by the whole
+    time; steady_: those after the second piece by their time; denoise_: by denoising alone. realtime_factor: seconds of
+    one video by the whole time. late_share: pieces that arrive after a player that began with the first would show
+    them. latency_s_per_min, memory_gb_per_min: Theil-Sen slopes over the rollout of the time a piece takes and of what
+    is held. control_latency_s as given. memory_*_gb as `memory_bytes`.
     """
-    found = {
-        "first_frame_s": [t["first_frame_s"] for t in timings if t.get("first_frame_s")],
-        "frames_per_s": [t["frames"] / t["wall_s"] for t in timings if t.get("wall_s")],
-        "denoise_frames_per_s": [t["frames"] / t["denoise_s"] for t in timings if t.get("denoise_s")],
-    }
-    return {name: values for name, values in found.items() if values}
+    found: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        if np.isfinite(value):
+            found.setdefault(name, []).append(float(value))
+
+    for t in timings:
+        pieces = np.array(t.get("arrivals") or np.zeros((0, 2)), dtype=np.float64)
+        add("first_frame_s", pieces[0, 0] if len(pieces) else t.get("first_frame_s") or np.nan)
+        if t.get("wall_s"):
+            add("frames_per_s", t["frames"] / t["wall_s"])
+            add("realtime_factor", t["frames"] / t.get("videos", 1) / fps / t["wall_s"])
+        add("denoise_frames_per_s", t["frames"] / t["denoise_s"] if t.get("denoise_s") else np.nan)
+        add("control_latency_s", t.get("control_latency_s") or np.nan)
+        if len(pieces) > 2:
+            times, counts = pieces.T
+            add("steady_frames_per_s", counts[2:].sum() * t.get("videos", 1) / max(times[-1] - times[1], 1e-12))
+            shown = times[0] + np.cumsum(counts)[:-1] / fps
+            add("late_share", (times[1:] > shown + 1e-9).mean())
+        if len(pieces) > 4:
+            add("latency_s_per_min", _slope(times[2:] / 60, np.diff(times)[1:]))
+            add("memory_gb_per_min", _slope(times / 60, np.array(t["held_bytes"]) / 1e9))
+        for name in t.get("memory_bytes", {}).keys() - {"held"}:
+            add(f"memory_{name}_gb", t["memory_bytes"][name] / 1e9)
+    return found
+
+
+def chunk_latencies(timings: Sequence[Timing]) -> NDArray[np.float64]:
+    """Seconds from one piece's arrival to the next's, of all requests, from the second on: a first frame may be handed
+    over before the rest of its chunk."""
+    return np.concatenate([np.diff([a for a, _ in t.get("arrivals", ())])[1:] for t in timings] or [np.zeros(0)])
+
+
+def percentile_intervals(latencies_N: Sequence[float], draws: int = 2000) -> dict[str, Interval]:
+    """Percentiles of latencies in seconds with bootstrap intervals, those that so many samples can carry."""
+    values = np.asarray(latencies_N, dtype=np.float64)
+    rng, found = np.random.default_rng(0), {}
+    for p in (p for p, least in LEAST.items() if len(values) >= least):
+        drawn = np.percentile(values[rng.integers(len(values), size=(draws, len(values)))], p, axis=1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        found[f"chunk_p{p}_s"] = Interval(float(np.percentile(values, p)), float(low), float(high), len(values))
+    return found
+
+
+def control_latency(
+    arrivals: Sequence[Sequence[float]], changed_s: float, steered: NDArray[np.uint8], straight: NDArray[np.uint8],
+    least: float = 1.0,
+) -> float:  # fmt: skip
+    """Seconds from a changed control (at changed_s) to the arrival of the first frame that shows it; inf: none does.
+
+    steered, straight (F,H,W,3): the rollout with the change and the same one (same noise) without it; a frame shows it
+    where they differ by `least` grey levels on average. arrivals as in `measure_requests`.
+    """
+    change = np.abs(steered.astype(np.int16) - straight.astype(np.int16)).mean((1, 2, 3))
+    if not (change >= least).any():
+        return float("inf")
+    frame, ends = int((change >= least).argmax()), np.cumsum([count for _, count in arrivals])
+    return float(arrivals[int(np.searchsorted(ends, frame, side="right"))][0] - changed_s)
+
+
+def _slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    from scipy import stats
+
+    return float(stats.theilslopes(y, x)[0])

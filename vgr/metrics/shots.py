@@ -1,15 +1,13 @@
-"""Shots: are cuts where the prompt wanted them, and does who returns look as before (causal-video spec 9.2).
+"""Shots: are cuts where the prompt wanted them (causal-video spec 9.2).
 
-Published numbers take cuts from TransNetV2 and characters from DINOv2, both weights that are not at hand. Here cuts
-are hard cuts, found by colour alone (`detect_cuts`) or by where colours stand (`detect_jumps`), and
-looks are compared inside true masks: for procedural stories, whose truth is known. Colours are CIE Lab (D65),
-differences dE = Euclidean (CIE76): 2.3 is just visible, opposite hues are about 100 apart.
+Published numbers take cuts from TransNetV2, whose weights are not at hand. Here cuts are hard cuts, found by colour
+alone (`detect_cuts`) or by where colours stand (`detect_jumps`). Colours are CIE Lab (D65), differences dE = Euclidean
+(CIE76): 2.3 is just visible, opposite hues are about 100 apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,66 +73,6 @@ def detect_jumps(frames_FHW3: NDArray[np.uint8], least: float = 12.0, ratio: flo
         return []
     around = np.lib.stride_tricks.sliding_window_view(np.pad(steps, 2), 5)[:, [0, 1, 3, 4]].max(axis=1)
     return (np.flatnonzero(steps > np.maximum(least, ratio * around)) + 1).tolist()
-
-
-class Recurrence(NamedTuple):
-    """One return of a character, in a video measured against the true one.
-
-    shot, first: where it returns and where it was first seen. distance: dE between its look in the video and in
-    truth, mean over frames, lower is better. similarity: 1 at no distance, 0 at that of the story's other characters
-    or more, NaN without others. identified: whether of all characters' true looks its own is the nearest; chance is
-    1 / cast. self_distance: dE between return and first appearance inside the video itself; true_self_distance: the
-    same in truth, where only light and side differ.
-    """
-
-    shot: int
-    first: int
-    distance: float
-    similarity: float
-    identified: bool
-    self_distance: float
-    true_self_distance: float
-
-
-def recurrence_similarity(
-    frames_FHW3: NDArray[np.uint8], truth_FHW3: NDArray[np.uint8], masks_FHW: NDArray[np.uint8],
-    shots: Sequence[Mapping[str, Any]],
-) -> list[Recurrence]:
-    """How each returning character looks: the weightless, procedural form of inter-shot consistency (spec 9.2).
-
-    masks: ids of the true video; shots: entries with start, end, id and returns_from (`vgr.data.stories`). A look is
-    the median L*, a*, b* inside the mask, frame by frame: where a generated character stands a little elsewhere,
-    half of the mask must still meet it. One clip is one unit: average a clip's returns before comparing arms with
-    `vgr.metrics.statistics`. Raises ValueError where shapes differ.
-    """
-    if not frames_FHW3.shape == truth_FHW3.shape == (*masks_FHW.shape, 3):
-        raise ValueError(f"video {frames_FHW3.shape}, truth {truth_FHW3.shape} and masks {masks_FHW.shape} must agree")
-    seen = {i: s for i, s in enumerate(shots) if s["id"]}
-    ours, true = ({i: _looks(video, masks_FHW, s) for i, s in seen.items()} for video in (frames_FHW3, truth_FHW3))
-    cast = {s["id"]: true[i].mean(0) for i, s in reversed(seen.items())}  # by first appearances
-
-    def apart(a: Array, b: Array) -> float:
-        return float(np.linalg.norm(a - b, axis=-1).mean())
-
-    found = []
-    for i, shot in seen.items():
-        if (first := shot["returns_from"]) is None:
-            continue
-        distance, mine = apart(ours[i], true[i]), ours[i].mean(0)
-        others = [apart(true[i], look) for who, look in cast.items() if who != shot["id"]]
-        found.append(Recurrence(
-            i, first, distance, max(0.0, 1 - distance / float(np.mean(others))) if others else np.nan,
-            min(cast, key=lambda who: apart(mine, cast[who])) == shot["id"],
-            apart(mine, ours[first].mean(0)), apart(true[i].mean(0), true[first].mean(0)),
-        ))
-    return found
-
-
-def _looks(video_FHW3: NDArray[np.uint8], masks_FHW: NDArray[np.uint8], shot: Mapping[str, Any]) -> Array:
-    """Median Lab (F,3) inside the mask of a shot's character, of the frames that show it."""
-    span = range(shot["start"], shot["end"])
-    return np.stack([np.median(_lab(video_FHW3[f])[mine], axis=0) for f in span
-                     if (mine := masks_FHW[f] == shot["id"]).any()]).astype(np.float64)
 
 
 def _lab(image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,141 +1,202 @@
-"""Measure rows of videos against the truth: one number per video and metric, then values with intervals."""
+"""Measure the videos of a set: one table of numbers, trends and features per video, kept so that nothing is done twice.
+
+What stands in `kept` was measured from the same bytes by the same code and settings, so many processes can share the
+work (each its `part`), and the last one to come finds all of it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from vgr.data.files import write_text
+from vgr.data.filters import Meter
+from vgr.data.video import iter_video
 from vgr.metrics import drift as drift_
-from vgr.metrics import features, fvd, image
-from vgr.metrics.statistics import Interval, mean_interval
-from vgr.report.sets import VideoSet
+from vgr.metrics import features, image, shots
+from vgr.metrics.extractors import Extractor, clip_of
+from vgr.metrics.revisit import measure_revisit
+from vgr.report.sets import VideoSet, fingerprint
+from vgr.report.table import FD, POSE_ERRORS
+from vgr.seeding import derive_seed
 
 Array = NDArray[np.float64]
+Frames = NDArray[np.uint8]
 Path = tuple[Array, Array]  # c2w (F,4,4) and intrinsics (F,4)
-FD = f"fd_{features.NAME}"
-
-
-class Metric(NamedTuple):
-    """label and unit for people; better: "higher", "lower" or "" (neither); `how` and the protocol's `section`
-    define the number; primary ones stand in the table.
-    """
-
-    label: str
-    unit: str
-    better: str
-    how: str
-    section: str = ""
-    primary: bool = True
-
-
-_SCORED = "mean over frames; the given first frame is left out; range 255"
-_FLOW = "frame-to-frame optical flow, small rotations, no alignment; unreadable steps count as no motion"
-_TREND = "Theil-Sen slope over windows minus the true video's; the given first frame is left out"
-_CALLS = "batch 1, one request after another, text encoding and decoding included"
-METRICS = {
-    "psnr_db": Metric("PSNR", "dB", "higher", _SCORED),
-    "ssim": Metric("SSIM", "", "higher", _SCORED),
-    "rot_step_imputed_deg": Metric("Rotation error", "°/frame", "lower", _FLOW),
-    "heading_imputed_deg": Metric("Heading error", "°", "lower", _FLOW),
-    "pose_coverage": Metric("Pose coverage", "", "higher", "share of steps the flow can read"),
-    FD: Metric(
-        "Fréchet distance, clipstats48", "", "lower",
-        "features clipstats48 (no weights) of windows at 64x48, ddof 1; interval from half-samples", "frechet",
-    ),
-    "drift": Metric("Drift", "sd", "lower", f"mean size of five trends in sd of the true videos'. {_TREND}", "drift"),
-    "motion_level": Metric("Motion", "diag/s", "", "median optical flow in image diagonals a second", "drift"),
-    **{
-        f"{name}_excess_per_s": Metric(f"{name.capitalize()} trend over truth", f"{unit}/s", "", _TREND, "drift", False)
-        for name, unit in drift_.UNITS.items()
-    },
-    "first_frame_s": Metric("First frame", "s", "lower", _CALLS, "frame_rate", False),
-    "frames_per_s": Metric("Speed, end to end", "frames/s", "higher", _CALLS, "frame_rate", False),
-    "denoise_frames_per_s": Metric(
-        "Speed, denoising only", "frames/s", "higher", "batch 1; denoising alone", "frame_rate", False
-    ),
-}  # fmt: skip
-POSE_ERRORS = ("rot_step_imputed_deg", "heading_imputed_deg")
-CURVES = ("lightness", "sharpness", "contrast", "motion")
 
 
 class Measured(NamedTuple):
-    """Of one video: metric -> value, its drift (None if too short), features (windows, D) and the key."""
+    """Of one video: metric -> value, its drift (None if too short), distance -> features (rows, D) and the key."""
 
     key: str
     values: dict[str, float]
     drift: drift_.Drift | None
-    features: Array
+    features: dict[str, Array]
+
+
+class Job(NamedTuple):
+    """What all videos of a run share: protocol, frames measured (None: each video whole), extractors by metric, folder
+    of what is measured already, part (i of n, from 0) and done(n)."""
+
+    protocol: dict[str, Any]
+    frames: int | None
+    extractors: Mapping[str, Extractor]
+    kept: File
+    part: tuple[int, int]
+    done: Callable[[int], None]
+
+
+class Video(NamedTuple):
+    """One video: its set's info; `look()` gives its frames from the first; their count, their rate, the cuts."""
+
+    key: str
+    info: dict[str, Any]
+    look: Callable[[], Iterable[Frames]]
+    count: int
+    fps: float
+    cuts: list[int]
 
 
 def measure_set(
-    videos: VideoSet,
-    keys: Sequence[str],
-    frames: int,
-    settings: dict[str, Any],
-    truth: VideoSet | None,
-    paths: Mapping[str, Sequence[Path]],
-    done: Callable[[int], None],
-) -> list[Measured]:
-    """Measure every video of a set, in the order of keys; settings is the protocol.
+    job: Job, row: str, videos: VideoSet, keys: Sequence[str], truth: VideoSet | None = None,
+    paths: Mapping[str, Sequence[Path]] | None = None,
+) -> list[Measured]:  # fmt: skip
+    """Measure this part of a set's videos, in the order of keys; of the row "reference" features alone, true clips'.
 
-    truth None leaves PSNR and SSIM out. paths gives a key's commanded (c2w, intrinsics), nothing leaves the pose
-    out; errors against a second path are called other_<metric>. The first frame, given to the model, counts for
-    the pose alone. Raises ValueError when sizes differ from the truth's.
+    truth None leaves PSNR and SSIM out. paths gives a key's commanded (c2w, intrinsics), nothing leaves the pose out;
+    errors against a second path are called other_<metric>. The first frame, given to the model, counts for the pose
+    alone. Raises ValueError when sizes differ from the truth's.
     """
+    settings = {"protocol": job.protocol["sha256"], "frames": job.frames, "code": _code(),
+                "weights": {name: x.about for name, x in job.extractors.items()}}  # fmt: skip
 
-    def one(key: str) -> Measured:
-        video, fps = videos.video(key, frames)
-        values: dict[str, float] = {}
-        if truth is not None:
-            true = truth.video(key, frames)[0]
-            if video.shape != true.shape:
-                raise ValueError(
-                    f"{videos.folder / key}.mp4 is {video.shape[2]}x{video.shape[1]}, the true video "
-                    f"{true.shape[2]}x{true.shape[1]}; scale the videos to the data's size first"
-                )
-            values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
-            values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
-        for prefix, scores in zip(("", "other_"), pose_values(video, paths[key]) if paths[key] else ()):
-            values.update({prefix + k: v for k, v in scores.items()})
-        trend = None
-        if (len(video) - 1) / fps >= 3 * settings["drift"]["window_s"]:
-            trend = drift_.measure_drift(video[1:], fps, settings["drift"]["window_s"])
-            values["motion_level"] = trend.level["motion"]
-        done(1)
-        return Measured(key, values, trend, window_features(video, settings))
+    def one(index: int) -> Measured:
+        key, info = keys[index], videos.info
+        own = (paths or {}).get(key, ())
+        data = [(s.folder / f"{key}.mp4").read_bytes() for s in (videos, truth) if s is not None]
+        told: list[Any] = [hashlib.sha256(x).hexdigest() for x in (*data, *(a.tobytes() for p in own for a in p))]
+        told += [info.get("fps"), info.get("chunk_starts"), info.get("cuts", {}).get(key)]
+        mark, place = fingerprint({**settings, "inputs": told}), job.kept / row / f"{key}.json"
+        found = _read(place, key, mark)
+        if found is None:
+            found = _measure(job, row, videos, key, index, truth, own)
+            trend = found.drift and found.drift._asdict()
+            kept = {"mark": mark, "values": found.values, "drift": trend, "features": found.features}
+            write_text(place, json.dumps(kept, default=np.ndarray.tolist))
+        job.done(1)
+        return found
 
     with ThreadPoolExecutor(2) as pool:  # OpenCV and PyAV release the interpreter lock
-        return list(pool.map(one, keys))
+        return list(pool.map(one, range(job.part[0], len(keys), job.part[1])))
 
 
-def window_features(
-    video: NDArray[np.uint8], settings: dict[str, Any], shuffle: np.random.Generator | None = None
-) -> Array:
-    """Features (windows, D) of a video without its first frame; shuffle: with the frames of each window shuffled."""
-    windows = features.windows(video[1:], settings["frechet"]["window_frames"])
-    return np.array([features.clip_features(shuffle.permutation(w) if shuffle else w) for w in windows])
+def _read(place: File, key: str, mark: str) -> Measured | None:
+    """What was kept of a video, None where that is nothing or was measured otherwise."""
+    kept = json.loads(place.read_text()) if place.is_file() else {}
+    if kept.get("mark") != mark:
+        return None
+    trend = kept["drift"]
+    if trend is not None:
+        trend |= {name: np.array(trend[name]) for name in ("times_J", "steps")}
+        trend = drift_.Drift(**trend | {"curve": {name: np.array(x) for name, x in trend["curve"].items()}})
+    return Measured(key, kept["values"], trend, {name: np.array(x) for name, x in kept["features"].items()})
 
 
-def reference_features(
-    videos: VideoSet, frames: int, settings: dict[str, Any], done: Callable[[int], None]
-) -> list[Array]:
-    """`window_features` of every true video that Frechet distances compare with."""
-
-    def one(key: str) -> Array:
-        table = window_features(videos.video(key, frames)[0], settings)
-        done(1)
-        return table
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, videos.keys))
+@functools.cache
+def _code() -> str:
+    """A hash of the code that measures: numbers of other code are measured again."""
+    here = File(__file__)
+    files = [*sorted((here.parents[1] / "metrics").glob("*.py")), here]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def pose_values(video: NDArray[np.uint8], paths: Sequence[Path]) -> list[dict[str, float]]:
+def _measure(
+    job: Job, row: str, videos: VideoSet, key: str, index: int, truth: VideoSet | None, paths: Sequence[Path]
+) -> Measured:
+    if job.frames is None:
+        place = videos.folder / f"{key}.mp4"
+        count, fps, cuts = _scan(iter_video(place), "shots" in job.protocol)
+        rate = float(videos.info.get("fps") or fps)
+        seen = Video(key, videos.info, lambda: (frame for frame, _ in iter_video(place)), count, rate, cuts)
+        values, trend = _trends(job, seen)
+        return Measured(key, values | _structure(job, seen, paths)[0], trend, {})
+    video, fps = videos.video(key, job.frames)
+    chance = np.random.default_rng(derive_seed(job.protocol["seed"], "clip", index))
+    if row == "reference":
+        return Measured(key, {}, None, all_features(job, video, start=chance))
+    cuts = _scan(((f, i / fps) for i, f in enumerate(video)), True)[2] if "shots" in job.protocol else []
+    seen = Video(key, videos.info, lambda: video, len(video), fps, cuts)
+    values, trend = _trends(job, seen)
+    if truth is not None:
+        true = truth.video(key, job.frames)[0]
+        if video.shape != true.shape:
+            raise ValueError(
+                f"{videos.folder / key}.mp4 is {video.shape[2]}x{video.shape[1]}, the true video "
+                f"{true.shape[2]}x{true.shape[1]}; scale the videos to the data's size first"
+            )
+        values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
+        values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
+    for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
+        values.update({prefix + k: v for k, v in scores.items()})
+    more, estimate = _structure(job, seen, paths)
+    values |= more
+    if paths and "revisit" in job.protocol:
+        found = measure_revisit(video, paths[0][0], fps, estimate, job.protocol["revisit"]["gap_s"])
+        values |= {"revisit_db": found.psnr_db, "memory_db": found.memory_db, "memory_ssim": found.memory_ssim}
+        pairs = found.pairs + found.dropped
+        values["return_dropped"] = found.dropped / pairs if pairs and estimate is not None else np.nan
+    table = all_features(job, video)
+    if row == "truth":  # the control of distances' sense of time
+        table |= {f"shuffled {name}": x for name, x in all_features(job, video, shuffle=chance).items()}
+    return Measured(key, values, trend, table)
+
+
+def _scan(frames: Iterable[tuple[Frames, float]], find_cuts: bool) -> tuple[int, float, list[int]]:
+    """Frames, their rate and the cuts of a video that passes once."""
+    import cv2
+
+    meter, times = Meter(), []
+    for frame, time_s in frames:
+        times.append(time_s)
+        if find_cuts:
+            width = max(16, round(48 * frame.shape[1] / frame.shape[0]))
+            meter.add(cv2.resize(frame, (width, 48), interpolation=cv2.INTER_AREA))
+    meter.done()
+    return len(times), (len(times) - 1) / max(times[-1] - times[0], 1e-9), meter.cuts
+
+
+def _trends(job: Job, seen: Video) -> tuple[dict[str, float], drift_.Drift | None]:
+    """Of cuts and of trends within shots."""
+    values: dict[str, float] = {}
+    if "shots" in job.protocol:
+        values["cuts"] = float(len(seen.cuts))
+        if (wanted := seen.info.get("cuts", {}).get(seen.key)) is not None:
+            wanted = [c for c in wanted if c < seen.count]
+            values["sca"] = shots.shot_cut_accuracy(seen.cuts, wanted, seen.count)
+    window, cuts = job.protocol["drift"]["window_s"], [c - 1 for c in seen.cuts if c > 1]
+    longest = np.diff([0, *cuts, seen.count - 1]).max() / seen.fps
+    if longest + 1e-6 < 3 * window:
+        return values, None
+    trend = drift_.measure_drift(islice(iter(seen.look()), 1, None), seen.fps, window, cuts)
+    for name in drift_.UNITS:
+        values |= {f"{name}_per_s": trend.slope[name], f"{name}_end_minus_start": trend.start_end[name]}
+    values |= {"motion_level": trend.level["motion"], "stagnation": drift_.stagnation(trend.curve["motion"])}
+    if starts := seen.info.get("chunk_starts"):
+        values["seam_ratio"] = drift_.seam_ratio(trend.steps, [s - 1 for s in starts if s > 1])
+    return values, trend
+
+
+def pose_values(video: Frames, paths: Sequence[Path]) -> list[dict[str, float]]:
     """The camera errors of one video against each (c2w, intrinsics); the flow is read once, with the first's."""
     from vgr.metrics.egomotion import flow_rotation, score_motion
 
@@ -144,108 +205,66 @@ def pose_values(video: NDArray[np.uint8], paths: Sequence[Path]) -> list[dict[st
     return [{**{k: float(s[k]) for k in POSE_ERRORS}, "pose_coverage": float(s["coverage"])} for s in scores]
 
 
-def check_pose_estimator(truth: list[Measured]) -> dict[str, dict[str, Any]]:
-    """Does the estimator tell the true video's own camera from another clip's? By metric, before a model is judged.
+def _structure(job: Job, seen: Video, paths: Sequence[Path]) -> tuple[dict[str, float], Array | None]:
+    """What structure from motion of the longest shot's keyframes gives, and every frame's camera, interpolated.
 
-    Passed if the 95 % interval of the paired difference of errors (another's minus own) lies above zero.
+    With a commanded path come errors, ours and by every published convention, and its intrinsics where they do not
+    change. Nothing below `least_height`; a reconstruction with a reason not to use it counts as not registered.
     """
-    checks = {}
-    for metric in POSE_ERRORS:
-        own, other = column(truth, metric), column(truth, f"other_{metric}")
-        found = {"own_camera": own, "other_camera": other, "difference": other - own}
-        cells = {name: mean_cell(x) for name, x in found.items()}
-        checks[metric] = {"passed": (cells["difference"]["low"] or 0) > 0, **cells}
-    return checks
+    import cv2
+    import torch
+
+    from vgr.geometry.cameras import interpolate
+    from vgr.geometry.reconstruct import reconstruct
+    from vgr.metrics.camera_pose import pose_errors
+    from vgr.metrics.pose_conventions import KEYS, published_errors
+
+    settings, edges = job.protocol.get("pose"), [0, *seen.cuts, seen.count]
+    if settings is None or importlib.util.find_spec("pycolmap") is None:
+        return {}, None
+    start, end = max(zip(edges, edges[1:]), key=lambda shot: shot[1] - shot[0])
+    at = list(range(start, end, max(1, round(seen.fps / settings["per_s"]))))[: settings["frames"]]
+    if paths and len(paths[0][0]) < seen.count:
+        raise ValueError(f"{seen.key}.mp4 has {seen.count} frames and {len(paths[0][0])} cameras; give one a frame")
+    if len(at) < 3 or next(iter(seen.look())).shape[0] < settings["least_height"]:
+        return {}, None
+    small, wanted = [], set(at)
+    for frame in (f for i, f in enumerate(islice(iter(seen.look()), at[-1] + 1)) if i in wanted):
+        scale = min(1.0, settings["long_side"] / max(frame.shape[:2]))
+        size = tuple(round(scale * s) for s in frame.shape[1::-1])
+        small.append(cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame)
+    fixed = paths and np.ptp(paths[0][1][at], axis=0).max() < 1e-6
+    found = reconstruct(np.stack(small), paths[0][1][at[0]] if fixed else None, threads=settings["threads"])
+    est = np.full_like(found.c2w, np.nan) if found.reason else found.c2w
+    known = np.isfinite(est).all((1, 2))
+    values, every = {"sfm_coverage": float(known.mean())}, np.full((seen.count, 4, 4), np.nan)
+    if known.sum() > 1:
+        values["sfm_fov_deg"] = float(np.rad2deg(2 * np.arctan(0.5 / found.intrinsics[0])))
+        own = torch.tensor(at)[torch.from_numpy(known)]
+        between = torch.arange(int(own[0]), int(own[-1]) + 1)
+        every[between] = interpolate(torch.from_numpy(est[known]), own, between).numpy()
+    if paths:
+        errors = pose_errors(est, paths[0][0][at])
+        values |= {key: float(errors[key]) for key in ("rot_imputed_deg", "trans_imputed", "path_length_ratio")}
+        for name, keys in KEYS.items():
+            errors = published_errors(est, paths[0][0][at], name)
+            values |= {f"{name}_{key}": float(errors[key]) for key in keys}
+    return values, every
 
 
-def check_frame_order(
-    truth: VideoSet, measured: list[Measured], frames: int, reference: list[Array], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Is the Frechet distance sensitive to time? True videos with the frames of each window shuffled must lie
-    farther from the reference (features of one video each) than the same videos in order and than twice the null
-    bias (spec 2.4).
+def all_features(
+    job: Job, video: Frames, shuffle: np.random.Generator | None = None, start: np.random.Generator | None = None
+) -> dict[str, Array]:
+    """Distance -> features (rows, D) of a video without its first frame: of windows, or of one clip for networks.
+
+    shuffle: with the frames of each window or clip shuffled. start: draws where a true video's clip starts.
     """
-    known, rng = np.concatenate(reference), np.random.default_rng(0)
-    tables = ([v.features for v in measured],
-              [window_features(truth.video(v.key, frames)[0], settings, shuffle=rng) for v in measured])  # fmt: skip
-    ordered, shuffled = (fvd.frechet_distance(np.concatenate(t), known) for t in tables)
-    bias = fvd.null_bias(fvd.moments(known)[1], sum(map(len, tables[0])), len(known))
-    passed = bool(shuffled > max(2 * bias, ordered))
-    return {"passed": passed, "shuffled": shuffled, "ordered": ordered, "null_bias": bias}
+    def mixed(clip: Frames) -> Frames:
+        return shuffle.permutation(clip) if shuffle else clip
 
-
-def summarize(
-    rows: dict[str, list[Measured]], settings: dict[str, Any], reference: list[Array] | None, skip: set[str]
-) -> dict[str, dict[str, Any]]:
-    """row -> metric -> cell: means over videos, drift over the truth's, distances to the reference's features.
-
-    skip: metrics whose check failed; they get no value.
-    """
-    out: dict[str, dict[str, Any]] = {}
-    for row, videos in rows.items():
-        columns = {m: column(videos, m) for m in METRICS if m not in skip}
-        out[row] = {m: mean_cell(x) for m, x in columns.items() if np.isfinite(x).any()}
-        if "truth" in rows and all(v.drift for v in videos + rows["truth"]):
-            out[row].update(_drift_over_truth(videos, rows["truth"]))
-        if reference:
-            out[row][FD] = _distance([v.features for v in videos], reference, settings["frechet"]["draws"])
-    return out
-
-
-def compare(rows: dict[str, list[Measured]], skip: set[str]) -> list[dict[str, Any]]:
-    """Paired differences model - control for the metrics of true continuation and camera. `better`: the interval
-    leaves zero on the good side.
-    """
-    out = []
-    metrics = [m for m in ("psnr_db", "ssim", *POSE_ERRORS) if m not in skip]
-    for control in (c for c in ("swapped", "frozen") if c in rows):
-        for metric in metrics:
-            difference = mean_interval(column(rows["model"], metric) - column(rows[control], metric))
-            if difference.count:
-                better = difference.low > 0 if METRICS[metric].better == "higher" else difference.high < 0
-                out.append({"control": control, "metric": metric, "better": bool(better), **cell(difference)})
-    return out
-
-
-def curves(rows: dict[str, list[Measured]]) -> dict[str, Any]:
-    """For the page: by row and statistic the mean over videos in each window with its interval."""
-    out: dict[str, Any] = {}
-    for row, videos in rows.items():
-        if all(v.drift for v in videos):
-            out[row] = {"times_s": videos[0].drift.times_J.tolist()}
-            for name in CURVES:
-                points = [mean_cell(x, draws=999) for x in zip(*(v.drift.curve[name] for v in videos))]
-                out[row][name] = {k: [p[k] for p in points] for k in ("value", "low", "high")}
-    return out
-
-
-def column(videos: list[Measured], metric: str) -> Array:
-    return np.array([v.values.get(metric, np.nan) for v in videos], dtype=np.float64)
-
-
-def cell(interval: Interval) -> dict[str, Any]:
-    """An interval as results.json holds it: finite numbers or null."""
-    return {k: number(x) for k, x in interval._asdict().items()} | {"count": interval.count}
-
-
-def mean_cell(values: ArrayLike, draws: int = 9999) -> dict[str, Any]:
-    """The cell of `mean_interval`."""
-    return cell(mean_interval(values, draws))
-
-
-def number(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None
-
-
-def _drift_over_truth(videos: list[Measured], truth: list[Measured]) -> dict[str, Any]:
-    ours, real = (np.array([list(v.drift.slope.values()) for v in row]) for row in (videos, truth))
-    out = {f"{name}_excess_per_s": mean_cell(x) for name, x in zip(drift_.UNITS, (ours - real).T)}
-    return out | {"drift": cell(drift_.composite(ours - real, real.std(0, ddof=1)))}
-
-
-def _distance(ours: list[Array], reference: list[Array], draws: int) -> dict[str, Any]:
-    a, b = np.concatenate(ours), np.concatenate(reference)
-    a_video, b_video = (np.repeat(np.arange(len(t)), [len(x) for x in t]) for t in (ours, reference))
-    distance = fvd.frechet_interval(a, b, a_video, b_video, draws)
-    bias = fvd.null_bias(fvd.moments(b)[1], len(a), len(b))
-    return {**cell(distance), "null_bias": bias, "windows": len(a), "reference_windows": len(b)}
+    windows = features.windows(video[1:], job.protocol["frechet"]["window_frames"])
+    found = {FD: np.array([features.clip_features(mixed(w)) for w in windows])}
+    for name, network in job.extractors.items():
+        clip = clip_of(video[1:], network.frames, job.protocol["fvd"]["stride"], start)
+        found[name] = np.zeros((0, 0)) if clip is None else network.features(mixed(clip)[None])
+    return found

@@ -29,9 +29,12 @@ def write(path: Path, run_dir: Path | None, results: dict[str, Any], sets: dict[
     # Evenly over the clips sorted by the model's PSNR (or as they come), so that nobody picks the good ones.
     keys = sorted(results["clips"], key=lambda k: -results["psnr_by_clip"].get(k, 0.0))
     shown = [keys[i] for i in np.linspace(0, len(keys) - 1, min(6, len(keys))).round().astype(int)]
-    sheets = {k: media.sheet([s.video(k, results["frames"])[0] for s in sets.values()]) for k in shown[:3]}
+    frames = results["frames"]
+    sheets = {k: media.sheet([s.video(k, frames, shorter=True)[0] for s in sets.values()]) for k in shown[:3]}
+    width = max(x.shape[1] for x in sheets.values())
+    padded = [np.pad(x, ((0, 6), (0, width - x.shape[1]), (0, 0))) for x in sheets.values()]
     with atomic(path.parent / "contact_sheet.png") as file:
-        file.write(media.png(np.concatenate([np.pad(x, ((0, 6), (0, 0), (0, 0))) for x in sheets.values()])[:-6]))
+        file.write(media.png(np.concatenate(padded)[:-6]))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -102,11 +105,11 @@ def _tiles(results: dict[str, Any], history: list[dict[str, Any]]) -> list[tuple
 
 def _clip(results: dict[str, Any], sets: dict[str, VideoSet], key: str) -> dict[str, Any]:
     """One clip's videos, one a row of the results, and its camera path."""
-    frames, fps = results["frames"], results["fps"]
-    videos = {row: media.video_uri(s.video(key, frames)[0], fps) for row, s in sets.items()}
-    own = (sets.get("truth") or sets["model"]).cameras(key, frames)
-    swapped = sets["swapped"].cameras(key, frames) if "swapped" in sets else None
-    path = own and path_from_above(own[0], swapped and swapped[0])
+    frames = results["frames"]
+    videos = {row: media.video_uri(*s.video(key, frames, shorter=True)) for row, s in sets.items()}
+    own = (sets.get("truth") or sets["model"]).cameras(key, None)
+    swapped = sets["swapped"].cameras(key, None) if "swapped" in sets else None
+    path = own and path_from_above(own[0][:frames], swapped and swapped[0][:frames])
     caption = ": ".join(filter(None, (key, " / ".join(results["captions"][key]))))
     return {"caption": caption, "videos": videos, "path": path}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,9 @@ import numpy as np
 from vgr.data.files import write_json
 from vgr.data.shards import latent_shots
 from vgr.metrics import frame_rate
-from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint
+from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint, timings
 from vgr.seeding import derive_seed
 
-# In the order of the table: what people read, and what the row is for.
-LABELS = {
-    "truth": ("True video", "noise floor of every measure"),
-    "codec": ("Codec round trip", "ceiling: nothing this codec decodes can do better"),
-    "model": ("Model", ""),
-    "swapped": ("Model, another clip’s camera", "control: same weights, first frame and noise, wrong path"),
-    "frozen": ("First frame repeated", "control: nothing happens"),
-}
 Done = Callable[[int], None]
 
 
@@ -32,9 +25,7 @@ def choose(protocol: dict[str, Any], shards: Any, generator: Any, videos: VideoS
     """
     keys = [k for k in shards.keys if videos is None or k in videos.keys][: protocol["clips"]]
     if videos is not None and not keys:
-        raise ValueError(
-            f"no video of {videos.folder} is named like a clip of data; expected names like {shards.keys[0]}.mp4"
-        )
+        raise ValueError(f"no video of {videos.folder} is named like a clip of data, such as {shards.keys[0]}.mp4")
     if len(keys) < 2:
         raise ValueError(f"{len(keys)} clip to measure; the control with another clip's camera needs 2 or more")
     clips = [_clip(shards, k) for k in keys]
@@ -46,11 +37,11 @@ def choose(protocol: dict[str, Any], shards: Any, generator: Any, videos: VideoS
 
 
 def true_sets(
-    protocol: dict[str, Any], out: Path, shards: Any, clips: list[Clip], done: Done
+    protocol: dict[str, Any], out: Path, shards: Any, clips: list[Clip], done: Done, part: tuple[int, int] = (0, 1)
 ) -> tuple[VideoSet, VideoSet | None]:
     """The true videos, bit for bit as in the shards, and those of further clips for Frechet distances.
 
-    The latter is None where data holds fewer than half as many further clips as are measured.
+    The latter is None where data holds fewer than half as many further clips as are measured. part: as `fill_set`.
     """
     index = {k: i for i, k in enumerate(shards.keys)}
     fps = float(shards.read(index[clips[0].key]).fps)
@@ -64,23 +55,18 @@ def true_sets(
             raise ValueError("data holds latents without videos; prepare it with its videos kept")
         return found
 
-    truth = fill_set(out / "truth", made_by, fps, clips, copy, done=done)
+    truth = fill_set(out / "truth", made_by, fps, clips, copy, part=part, done=done)
     if len(rest) < max(2, len(clips) // 2):
         return truth, None
-    return truth, fill_set(out / "reference", made_by, fps, [_clip(shards, k) for k in rest], copy, done=done)
+    further = [_clip(shards, k) for k in rest]
+    return truth, fill_set(out / "reference", made_by, fps, further, copy, part=part, done=done)
 
 
 def make_rows(
-    protocol: dict[str, Any],
-    out: Path,
-    generator: Any,
-    truth: VideoSet,
-    clips: list[Clip],
-    frames: int,
-    batch: int,
-    done: Done,
-) -> dict[str, VideoSet]:
-    """Codec, model and swapped rows, made where missing; speed is measured once, with the model's row.
+    protocol: dict[str, Any], out: Path, generator: Any, truth: VideoSet, clips: list[Clip], frames: int, batch: int,
+    done: Done, part: tuple[int, int] = (0, 1),
+) -> dict[str, VideoSet]:  # fmt: skip
+    """Codec, model and swapped rows, made where missing; the first part measures speed, once.
 
     generator: see vgr.generator.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
     of the model; its swapped camera is that of the clip half the list further.
@@ -91,28 +77,25 @@ def make_rows(
 
     fps = float(truth.info["fps"])
     number = {c.key: i for i, c in enumerate(clips)}
-    height, width = truth.video(clips[0].key)[0].shape[1:3]
+    mine = clips[part[0] :: part[1]]
+    height, width = truth.video(mine[0].key)[0].shape[1:3]
     if (height, width) != tuple(generator.size_hw):
-        raise ValueError(
-            f"data is {width}x{height}, the checkpoint makes {generator.size_hw[1]}x{generator.size_hw[0]}"
-        )
+        made = "x".join(map(str, generator.size_hw[::-1]))
+        raise ValueError(f"data is {width}x{height}, the checkpoint makes {made}")
 
-    def generate(group: list[Clip]) -> tuple[Frames, dict[str, float]]:
+    def generate(group: list[Clip], watch: frame_rate.Watch | None = None) -> tuple[Frames, dict[str, float]]:
         first = np.stack([truth.video(c.key)[0][0] for c in group])
-        c2w, intrinsics = (
-            torch.from_numpy(np.stack([x[:frames] for x in xs])).float()
-            for xs in ([c.c2w for c in group], [c.intrinsics for c in group])
-        )
+        c2w, intrinsics = (torch.from_numpy(np.stack([getattr(c, name)[:frames] for c in group])).float()
+                           for name in ("c2w", "intrinsics"))  # fmt: skip
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
         latents = 1 + (frames - 1) // generator.stride
         shot = torch.from_numpy(np.stack([latent_shots(c.starts, latents, generator.stride) for c in group]))
-        return generator(first, Cameras(c2w, intrinsics), tuple(c.captions for c in group), seeds, shot=shot)
+        texts = tuple(c.captions for c in group)
+        return generator(first, Cameras(c2w, intrinsics), texts, seeds, watch=watch, shot=shot)
 
     source = {"codec": generator.codec.fingerprint, "truth": truth.info["fingerprint"], "frames": frames}
-    by = {
-        **source, "name": generator.name, "weights": generator.weights_hash, "sampling": generator.sampling,
-        "protocol": protocol["sha256"],
-    }  # fmt: skip
+    by = {**source, "name": generator.name, "weights": generator.weights_hash, "sampling": generator.sampling,
+          "protocol": protocol["sha256"]}  # fmt: skip
     turned = clips[len(clips) // 2 :] + clips[: len(clips) // 2]
     others = [c._replace(c2w=o.c2w, intrinsics=o.intrinsics) for c, o in zip(clips, turned)]
     rows = {}
@@ -121,23 +104,52 @@ def make_rows(
         ("model", by, clips, lambda group: generate(group)[0]),
         ("swapped", by, others, lambda group: generate(group)[0]),
     ):
-        rows[row] = fill_set(out / row, {**made_by, "row": row}, fps, asked, make, batch=batch, done=done)
+        told = {} if row == "codec" else {"chunk_starts": _chunk_starts(generator, frames)}
+        given = out / row, {**made_by, "row": row}, fps, asked, make
+        rows[row] = fill_set(*given, batch=batch, part=part, told=told, done=done)
     info, speed = rows["model"].info, protocol["frame_rate"]
-    if "timings" not in info:
-        calls = [lambda c=c: generate([c]) for c in clips[: speed["requests"]]]
-        info["timings"] = frame_rate.measure_requests(calls, speed["warmup"])
-        write_json(out / "model" / "set.json", info)
+    if part[0] == 0 and not timings(out / "model", info):
+        calls = [lambda watch, c=c: generate([c], watch) for c in mine[: speed["requests"]]]
+        found = frame_rate.measure_requests(calls, speed["warmup"])
+        if starts := told["chunk_starts"]:
+            found[0]["control_latency_s"] = _control_latency(generate, clips[0], others[0], starts[0])
+        write_json(out / "model" / "timings.json", {"fingerprint": info["fingerprint"], "timings": found})
     return rows
 
 
-def frozen_row(out: Path, truth: VideoSet, clips: list[Clip], frames: int, batch: int, done: Done) -> VideoSet:
+def _control_latency(generate: Callable[..., Any], clip: Clip, other: Clip, start: int) -> float | None:
+    """Seconds from another camera, told as the first chunk is there, to a frame that shows it; None: none does."""
+    changed = clip._replace(c2w=np.concatenate([clip.c2w[:start], other.c2w[start:]]))
+    arrivals, begun = [], time.perf_counter()
+    steered = generate([changed], lambda x: arrivals.append([time.perf_counter() - begun, x.shape[1]]))[0][0]
+    there = int(np.searchsorted(np.cumsum([count for _, count in arrivals]), start))
+    seconds = frame_rate.control_latency(arrivals, arrivals[there][0], steered, generate([clip])[0][0])
+    return seconds if np.isfinite(seconds) else None
+
+
+def _chunk_starts(generator: Any, frames: int) -> list[int]:
+    """First frames of the chunks that a chunk-causal model makes in turn; [] of one that makes all at once."""
+    from vgr.diffusion.samplers import chunk_bounds
+    from vgr.types import Layout
+
+    if not getattr(generator, "chunk", None):
+        return []
+    latents = 1 + (frames - 1) // generator.stride
+    bounds = chunk_bounds(Layout.chunked(1, latents, generator.chunk))
+    return [1 + (start - 1) * generator.stride for start, _ in bounds if start]
+
+
+def frozen_row(
+    out: Path, truth: VideoSet, clips: list[Clip], frames: int, batch: int, done: Done, part: tuple[int, int] = (0, 1)
+) -> VideoSet:
     """The first frame repeated."""
 
     def repeat(group: list[Clip]) -> list[Frames]:
         return [np.repeat(truth.video(c.key)[0][:1], frames, axis=0) for c in group]
 
     made_by = {"row": "frozen", "truth": truth.info["fingerprint"], "frames": frames}
-    return fill_set(out / "frozen", made_by, float(truth.info["fps"]), clips, repeat, batch=batch, done=done)
+    given = out / "frozen", made_by, float(truth.info["fps"]), clips, repeat
+    return fill_set(*given, batch=batch, part=part, done=done)
 
 
 def _round_trip(generator: Any, truth: VideoSet, group: list[Clip], frames: int) -> Frames:

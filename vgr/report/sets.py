@@ -2,17 +2,20 @@
 
     <key>.mp4  <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4))  set.json
 
-set.json: {"format": 1, "made_by": {...}, "fingerprint": sha256 of made_by, "clips": [keys], "fps": ..., and
-optionally "timings": [{"wall_s", "frames", "first_frame_s", "denoise_s"}]}. Only the videos are required of a set
-that somebody else made.
+set.json: {"format": 1, "made_by": {...}, "fingerprint": sha256 of made_by, "clips": [keys], "fps": ..., and optionally
+"cuts": {key: [first frames of shots]}, "chunk_starts": [frames], "units": {key: prompt or scene} and "timings" (what
+`vgr.metrics.frame_rate` measures; ours lie in timings.json)}. Only the videos are required of a set that somebody else
+made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,27 +47,28 @@ class VideoSet:
     keys: tuple[str, ...]
     info: dict[str, Any]
 
-    def video(self, key: str, frames: int | None = None) -> tuple[Frames, float]:
-        """(frames (F,H,W,3), frames a second); cut to `frames`. Raises ValueError when the video is shorter."""
-        from vgr.data.video import read_video
+    def video(self, key: str, frames: int | None = None, shorter: bool = False) -> tuple[Frames, float]:
+        """(frames (F,H,W,3), frames a second); cut to `frames`. ValueError when there are fewer, unless `shorter`."""
+        from vgr.data.video import iter_video
 
-        video, times = read_video(self.folder / f"{key}.mp4")
-        if frames is not None and len(video) < frames:
-            raise ValueError(f"{self.folder / key}.mp4 has {len(video)} frames, {frames} are measured; make it longer")
-        fps = self.info.get("fps") or (len(times) - 1) / float(times[-1] - times[0])
-        return video[:frames], float(fps)
+        shown = list(islice(iter_video(self.folder / f"{key}.mp4"), frames))
+        if len(shown) < 2 or frames is not None and len(shown) < frames and not shorter:
+            needed = f"{frames or 2} are measured; make it longer"
+            raise ValueError(f"{self.folder / key}.mp4 has {len(shown)} frames, {needed}")
+        fps = self.info.get("fps") or (len(shown) - 1) / float(shown[-1][1] - shown[0][1])
+        return np.stack([frame for frame, _ in shown]), float(fps)
 
-    def cameras(self, key: str, frames: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        """c2w (frames,4,4) and intrinsics (frames,4), or None if the set has none for this video."""
+    def cameras(self, key: str, frames: int | None) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """c2w (frames,4,4) and intrinsics (frames,4), or all there are; None if the set has none for this video."""
         path = self.folder / f"{key}.cameras.npz"
         if not path.is_file():
             return None
         found = arrays(path, {"c2w", "intrinsics"}, np.float64)
         shapes = {name: x.shape for name, x in found.items()}
         length = len(found.get("c2w", ()))
-        if shapes != {"c2w": (length, 4, 4), "intrinsics": (length, 4)} or length < frames:
+        if shapes != {"c2w": (length, 4, 4), "intrinsics": (length, 4)} or length < (frames or 1):
             raise ValueError(
-                f"{path} holds {shapes}; {frames} frames are measured and need c2w (F,4,4) and intrinsics (F,4)"
+                f"{path} holds {shapes}; {frames or ''} frames are measured and need c2w (F,4,4) and intrinsics (F,4)"
             )
         return found["c2w"][:frames], found["intrinsics"][:frames]
 
@@ -93,43 +97,59 @@ def fingerprint(made_by: dict[str, Any]) -> str:
 
 
 def fill_set(
-    folder: Path,
-    made_by: dict[str, Any],
-    fps: float,
-    clips: Sequence[Clip],
-    make: Callable[[list[Clip]], Sequence[Frames | bytes]],
-    *,
-    batch: int = 8,
-    done: Callable[[int], None],
-) -> VideoSet:
-    """Make the videos of a set that are not there yet and return it.
+    folder: Path, made_by: dict[str, Any], fps: float, clips: Sequence[Clip],
+    make: Callable[[list[Clip]], Sequence[Frames | bytes]], *, batch: int = 8, part: tuple[int, int] = (0, 1),
+    told: dict[str, Any] | None = None, done: Callable[[int], None],
+) -> VideoSet:  # fmt: skip
+    """Make the videos of this part of a set that are not there yet and return the whole set.
 
-    make: clips -> frames (F,H,W,3), or the bytes of an mp4, each. Videos made by something else than
-    `made_by` are made again; a folder with videos that no set.json of ours lists is refused. done(n) is
-    called as videos stand, made or found.
+    make: clips -> frames (F,H,W,3), or the bytes of an mp4, each. Videos made by something else than `made_by` are made
+    again; a folder with videos and no set.json is refused. part (i, n): every n-th clip from the i-th; others may work
+    in the folder at the same time. told: more for set.json. done(n) is called as videos stand, made or found.
     """
     from vgr.data.video import encode_video
 
     for clip in clips:
         if Path(clip.key).name != clip.key:
             raise ValueError(f"clip key {clip.key!r} cannot name a file; keys are plain names")
-    info, mark = read_info(folder), fingerprint(made_by)
-    if not info and any(folder.glob("*.mp4")):
+    found, mark = read_info(folder), fingerprint(made_by)
+    if not found and any(folder.glob("*.mp4")):
         raise ValueError(f"{folder} holds videos without a set.json; choose another out= or move them")
-    if info.get("fingerprint") != mark:
-        for key in info.get("clips", []):
-            (folder / f"{key}.mp4").unlink(missing_ok=True)
-        info = {"format": 1, "made_by": made_by, "fingerprint": mark, "fps": fps, "crf": CRF}
-    info |= {"clips": [c.key for c in clips], "captions": {c.key: c.captions for c in clips}}
-    write_json(folder / "set.json", info)
-    missing = [c for c in clips if not (folder / f"{c.key}.mp4").is_file()]
-    done(len(clips) - len(missing))
+    info = {"format": 1, "made_by": made_by, "fingerprint": mark, "fps": fps, "crf": CRF, **(told or {})}
+    info |= {"clips": [c.key for c in clips], "captions": {c.key: list(c.captions) for c in clips}}
+    info["cuts"] = {c.key: list(c.starts[1:]) for c in clips}
+    for key in () if found.get("fingerprint") == mark else set(found.get("clips", ())) - set(info["clips"]):
+        (folder / f"{key}.mp4").unlink(missing_ok=True)
+    if found != info:  # under a name of its own first: other parts may be at it
+        part_file = folder / f".set.{os.getpid()}.json"
+        write_json(part_file, info)
+        part_file.replace(folder / "set.json")
+    mine = clips[part[0] :: part[1]]
+    missing = [c for c in mine if _maker(folder, c.key) != mark]
+    done(len(mine) - len(missing))
     for i in range(0, len(missing), batch):
         group = missing[i : i + batch]
         for clip, video in zip(group, make(group), strict=True):
+            (folder / f"{clip.key}.mp4").unlink(missing_ok=True)  # made by something else: its cameras.npz says what
             with atomic(folder / f"{clip.key}.cameras.npz") as file:
-                np.savez(file, c2w=clip.c2w, intrinsics=clip.intrinsics)
+                np.savez(file, c2w=clip.c2w, intrinsics=clip.intrinsics, made_by=np.frombuffer(mark.encode(), np.uint8))
             with atomic(folder / f"{clip.key}.mp4") as file:  # last: a video that is there is whole
                 file.write(video if isinstance(video, bytes) else encode_video(video, fps, crf=CRF))
             done(1)
     return VideoSet(folder, tuple(c.key for c in clips), info)
+
+
+def _maker(folder: Path, key: str) -> str | None:
+    """Fingerprint of what made a video of ours; None where there is none."""
+    cameras = folder / f"{key}.cameras.npz"
+    if not (folder / f"{key}.mp4").is_file() or not cameras.is_file():
+        return None
+    with np.load(cameras, allow_pickle=False) as file:
+        return file["made_by"].tobytes().decode() if "made_by" in file else None
+
+
+def timings(folder: Path, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of timings.json, if they are of the videos that stand there, or of a set.json made elsewhere."""
+    path = folder / "timings.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found["timings"] if found.get("fingerprint", "") == info.get("fingerprint") else info.get("timings", [])

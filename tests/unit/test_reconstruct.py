@@ -114,6 +114,7 @@ def test_cameras_are_judged():
         ({"c2w": swing}, "direction jumps at frame 9"),
         ({"reprojection_px": 3.0}, "3.0 pixels off"),
         ({"registered": 0.3}, "only 20 of 20 frames"),
+        ({"agreement": 0.5}, "explain 50% of the matches only"),
         ({"intrinsics": narrow}, "field of view 14 x 14"),
     ):
         assert told in module._judged(dataclasses.replace(good, **changed)).reason
@@ -126,7 +127,7 @@ def test_cameras_are_judged():
         ({"frames_FHW3": np.zeros((3, 8, 8, 3), np.float32)}, "float32"),
         ({"intrinsics": [1, 1, 0.5]}, r"finite \(4,\)"),
         ({"intrinsics": [0, 1, 0.5, 0.5]}, r"finite \(4,\)"),
-        ({"mapper": "slam"}, "incremental, global"),
+        ({"mapper": "slam"}, "global, incremental"),
         ({"depth_m": -1.0}, "depth_m"),
         ({"depth_m": np.ones((2, 8, 8))}, r"maps \(3, h, w\)"),
     ],

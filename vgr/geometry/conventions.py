@@ -167,13 +167,22 @@ def _parallax(start: Array, end: Array, k1: Array, k2: Array) -> float:
 
 def _error(c2w: Array, i: int, j: int, start: Array, end: Array, k: Array, pixels_2: Array) -> float:
     """Median distance of ends from where points in front of camera i could have gone, for a picture of pixels_2."""
-    relative = np.linalg.inv(c2w[j]) @ c2w[i]
-    ray = _rays(start, k[i]) @ relative[:3, :3].T
+    off = epipolar_px(np.linalg.inv(c2w[j]) @ c2w[i], start, end, k[i], k[j], pixels_2)
+    return float(np.median(np.nan_to_num(off, nan=_WIDTH)))
+
+
+def epipolar_px(relative_44: Array, start: Array, end: Array, k1: Array, k2: Array, pixels_2: Array) -> Array:
+    """Distances (N,) of ends from where points in front of the first camera could have gone, in pixels.
+
+    start, end (N,2) and intrinsics (4,) normalised; relative_44: from the first camera's frame to the second's;
+    pixels_2: width and height of the picture. NaN where the point would be behind the second camera wherever it is.
+    """
+    ray = _rays(start, k1) @ relative_44[:3, :3].T
     x, y, z = np.where(ray[:, 2] > 1e-3, ray.T, np.nan)
-    tx, ty, tz = relative[:3, 3]
+    tx, ty, tz = relative_44[:3, 3]
     # At infinity a point goes to ray / z; nearer ones go from there along the image of the translation.
-    off = (end - (np.stack([x / z, y / z], axis=1) * k[j, :2] + k[j, 2:])) * pixels_2
-    way = np.stack([tx * z - tz * x, ty * z - tz * y], axis=1) * k[j, :2] * pixels_2
+    off = (end - (np.stack([x / z, y / z], axis=1) * k2[:2] + k2[2:])) * pixels_2
+    way = np.stack([tx * z - tz * x, ty * z - tz * y], axis=1) * k2[:2] * pixels_2
     way /= np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-12)
     along = np.maximum((off * way).sum(axis=1, keepdims=True), 0.0)
-    return float(np.median(np.nan_to_num(np.linalg.norm(off - along * way, axis=1), nan=_WIDTH)))
+    return np.linalg.norm(off - along * way, axis=1)

@@ -1,8 +1,10 @@
 """Cameras from the frames of one shot: structure from motion without weights (specs/world-model 8, benchmarks 4.3).
 
-pycolmap: SIFT of at most 2000 features a frame, matched with the next five, mapped incrementally or globally, one
-pinhole camera. Frames 8 or 16 apart are not matched: where textures repeat, as in a game's, more than half of such
-matches are of another tile, and they measured 12 degrees of error in place of 0.02. Frames that only turn, where no
+pycolmap: SIFT of at most 2000 features a frame, matched with the next five, one pinhole camera. Frames 8 or 16 apart
+are not matched: where textures repeat, as in a game's, more than half of such matches are of another tile, and they
+measured 12 degrees of error in place of 0.02; of the nearer pairs those go that the frames between contradict. Mapped
+globally, and where those cameras leave matches of neighbouring frames unexplained also incrementally: the better one
+is taken, and refused where it is no good either. The two go wrong on different walks. Frames that only turn, where no
 translation can be seen, get rotations from the matches alone: the turn between two frames that best carries unit
 bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average. Half a second
 to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
@@ -29,18 +31,21 @@ from scipy.spatial.transform import Rotation
 from vgr.geometry.alignment import turn_between
 from vgr.geometry.cameras import fov_deg, interpolate
 from vgr.geometry.checks import FOV_DEG
+from vgr.geometry.matches import Pairs, contradicted, explained
 
 if TYPE_CHECKING:
     import pycolmap
 
 Array = NDArray[np.float64]
-Pairs = dict[tuple[int, int], tuple[Array, Array]]  # frames i < j -> matched pixels (N,2) of both
 
-MAPPERS = ("incremental", "global")
+MAPPERS = ("global", "incremental")
 FEATURES, OVERLAP = 2000, 5
 SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
+# Least share of two neighbouring frames' matches that cameras explain, to within a pixel: of right ones 0.74 with a sky
+# that goes with the eye and otherwise 0.9 and more, of wrong ones up to 0.51.
+MIN_AGREEMENT, _SURE = 0.6, 0.9  # refused below; no other mapper asked above
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 _MIN_MATCHES = 15
@@ -56,6 +61,7 @@ class Reconstruction:
     found. registered: share of frames; reprojection_px: mean over sparse points (rotation: median residual of the
     matches). confidence: 0 to 1, registered share times how much of the structure is seen under a wide enough angle.
     points (N,3): sparse points in the cameras' frame. reason: why the cameras should not be used; "" where they can be.
+    agreement: share of matches that the cameras explain between the two neighbouring frames where it is least.
     """
 
     c2w: Array
@@ -67,18 +73,20 @@ class Reconstruction:
     points: Array
     metric: bool
     reason: str
+    agreement: float = math.nan
 
 
 def reconstruct(
-    frames_FHW3: ArrayLike, intrinsics: ArrayLike | None = None, *, mapper: str = "incremental",
+    frames_FHW3: ArrayLike, intrinsics: ArrayLike | None = None, *, mapper: str = "global",
     depth_m: float | ArrayLike | None = None, seed: int = 0, threads: int = 2,
 ) -> Reconstruction:
     """Cameras of one shot, frames (F,H,W,3) uint8, F >= 2.
 
     intrinsics (4,), normalised: kept as they are; without them one focal length for square pixels and a centred axis
-    is estimated. mapper: MAPPERS. depth_m gives metres: the median depth of what the shot shows, or planar depth maps
-    (F,h,w) in metres of any size (0, negative or not finite: unknown). A failure is a result with a reason, never an
-    error; ValueError is for arguments. Equal arguments give equal results. threads bounds pycolmap's.
+    is estimated (`vgr.data.video` gives frames whose pixels are square). mapper: the one of MAPPERS to ask first.
+    depth_m gives metres: the median depth of what the shot shows, or planar depth maps (F,h,w) in metres of any size
+    (0, negative or not finite: unknown). A failure is a result with a reason, never an error; ValueError is for
+    arguments. Equal arguments give equal results. threads bounds pycolmap's.
     """
     frames, k, depth = _checked(frames_FHW3, intrinsics, mapper, depth_m)
     failed = Reconstruction(
@@ -93,14 +101,17 @@ def reconstruct(
         turned, parallax_px = _rotations(pairs, failed, frames.shape[1:3])
         if parallax_px < _TURNED_PX:
             return _judged(turned)
-        model = _map(folder, mapper, k is None, seed, threads, insist=parallax_px >= _NEARLY_TURNED_PX)
-    share = 0.0 if model is None else model.num_reg_images() / len(frames)
-    if share < MIN_REGISTERED:
-        if parallax_px < _NEARLY_TURNED_PX:
-            return _judged(turned)
-        if model is None:
-            return replace(failed, reason=f"no structure was found from {parallax_px:.1f} pixels of parallax")
-    return _structure(model, failed, frames.shape[1:3], depth)
+        found: list[Reconstruction] = []
+        for way in sorted(MAPPERS, key=lambda name: name != mapper):
+            model = _map(folder, way, k is None, seed, threads, insist=parallax_px >= _NEARLY_TURNED_PX)
+            if model is not None:
+                found.append(_structure(model, failed, frames.shape[1:3], depth, pairs))
+            if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
+                break
+    best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
+    if (best is None or best.registered < MIN_REGISTERED) and parallax_px < _NEARLY_TURNED_PX:
+        return _judged(turned)
+    return best or replace(failed, reason=f"no structure was found from {parallax_px:.1f} pixels of parallax")
 
 
 def estimate_cameras(
@@ -171,14 +182,17 @@ def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, 
     with pycolmap.Database.open(database) as known:
         index = {image.image_id: int(Path(image.name).stem) for image in known.read_all_images()}
         points = {i: known.read_keypoints(image)[:, :2].astype(np.float64) for image, i in index.items()}
-        pairs: Pairs = {}
+        matches, images_of = {}, {}
         for pair, geometry in zip(*known.read_two_view_geometries()):
-            a, b = (index[image] for image in pycolmap.pair_id_to_image_pair(pair))
-            matches = geometry.inlier_matches
-            if len(matches) >= _MIN_MATCHES:
-                both = points[a][matches[:, 0]], points[b][matches[:, 1]]
-                pairs[min(a, b), max(a, b)] = both if a < b else both[::-1]
-    return pairs
+            images_ab = pycolmap.pair_id_to_image_pair(pair)
+            a, b = (index[image] for image in images_ab)
+            if len(geometry.inlier_matches) >= _MIN_MATCHES:
+                both = geometry.inlier_matches[:, :: 1 if a < b else -1].astype(np.int64)
+                matches[min(a, b), max(a, b)], images_of[min(a, b), max(a, b)] = both, images_ab
+        for pair in contradicted(matches):
+            known.delete_two_view_geometry(*images_of[pair])
+            del matches[pair]
+    return {(a, b): (points[a][both[:, 0]], points[b][both[:, 1]]) for (a, b), both in matches.items()}
 
 
 def _map(
@@ -193,13 +207,10 @@ def _map(
         options.ba_refine_focal_length = options.mapper.abs_pose_refine_focal_length = refine
         options.mapper.num_threads, options.mapper.random_seed = threads, seed
         options.triangulation.random_seed = seed
-        # Half to a third of COLMAP's own: points of good matches come back to 0.3 pixels, and with what its limits let
-        # pass a walk past repeating textures was 5 degrees off (benchmarks/README.md: another one is not, then).
-        options.mapper.filter_max_reproj_error, options.mapper.abs_pose_max_error = 2.0, 4.0
-        options.triangulation.create_max_angle_error = options.triangulation.continue_max_angle_error = 1.0
-        options.triangulation.min_angle = 1.0
         run: Callable[..., dict[int, Any]] = pycolmap.incremental_mapping
     else:
+        if refine:
+            pycolmap.calibrate_view_graph(folder / "database.db")
         options = pycolmap.GlobalPipelineOptions()
         options.mapper.bundle_adjustment.refine_focal_length = refine
         options.mapper.num_threads, options.mapper.random_seed = threads, seed
@@ -266,7 +277,7 @@ def _rotations(pairs: Pairs, failed: Reconstruction, size_hw: tuple[int, int]) -
 
 
 def _structure(
-    model: pycolmap.Reconstruction, failed: Reconstruction, size_hw: tuple[int, int], depth: Array | None
+    model: pycolmap.Reconstruction, failed: Reconstruction, size_hw: tuple[int, int], depth: Array | None, pairs: Pairs
 ) -> Reconstruction:
     """The model relative to its first registered frame, in its unit or metres."""
     height, width = size_hw
@@ -295,6 +306,7 @@ def _structure(
     return _judged(replace(
         failed, c2w=c2w, intrinsics=k, motion="structure", registered=share, points=points, metric=depth is not None,
         reprojection_px=float(model.compute_mean_reprojection_error()), reason=reason,
+        agreement=float(explained(pairs, c2w, k, size_hw).min(initial=1.0)),
         confidence=share * _well_seen(points, rows, c2w),
     ))  # fmt: skip
 
@@ -340,6 +352,8 @@ def _judged(found: Reconstruction) -> Reconstruction:
         reasons.append(f"only {known.sum()} of {len(known)} frames could be registered")
     if found.reprojection_px > (_NEARLY_TURNED_PX if found.motion == "rotation" else MAX_REPROJECTION_PX):
         reasons.append(f"points come back {found.reprojection_px:.1f} pixels off on average")
+    if found.agreement < MIN_AGREEMENT:
+        reasons.append(f"between two neighbouring frames the cameras explain {found.agreement:.0%} of the matches only")
     if not bool(((fov > FOV_DEG[0]) & (fov < FOV_DEG[1])).all()):
         reasons.append(f"field of view {fov[0]:.0f} x {fov[1]:.0f} degrees, outside {FOV_DEG[0]:g} to {FOV_DEG[1]:g}")
     for what, step_S3, least in (

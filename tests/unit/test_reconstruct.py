@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from vgr.data.worlds import Scene, Thing, textures
 from vgr.geometry import reconstruct as module
 from vgr.geometry.reconstruct import Reconstruction, reconstruct
 from vgr.metrics.camera_pose import pose_errors
@@ -164,6 +165,53 @@ def test_turning_before_a_picture_gives_rotations_with_pycolmap():
     found = reconstruct(np.stack(frames), K)
     assert found.motion == "rotation" and found.reason == "" and found.registered == 1
     assert rotation_errors(c2w, found.c2w).mean() < 0.1
+
+
+@pytest.fixture(scope="module")
+def walk():
+    """Frames (10,240,320,3), c2w and length in metres of a walk past boxes that stand in a room, of fine texture."""
+    rng = np.random.default_rng(0)
+    scene, still = Scene(rng), np.zeros(3)
+    scene.things[:] = [dataclasses.replace(thing, swing=still) for thing in scene.things]
+    for _ in range(12):
+        half, centre = rng.uniform(0.15, 0.4, 3).astype(np.float32), rng.uniform((-2, -2.2, 0.3), (2, -0.3, 2.2))
+        look = textures(rng, rng.uniform(0.3, 0.7, (1, 3)), np.array([0.12]))
+        scene.put(Thing("box", "red", half, centre, still, 0.0, 0.0), look)
+    c2w, s = np.tile(np.eye(4), (10, 1, 1)), np.linspace(0, 1, 10)
+    c2w[:, :3, :3] = Rotation.from_euler("YX", np.stack([np.sin(3 * s) / 4, np.sin(2 * s) / 10], axis=1)).as_matrix()
+    c2w[:, :3, 3] = np.stack([s - 0.5, np.sin(4 * s) / 5 - 1.2, s / 2 - 1.8], axis=1)
+    frames = np.stack([scene.render(pose, K, 0.0, (240, 320)) for pose in c2w])
+    return frames, c2w, np.linalg.norm(np.diff(c2w[:, :3, 3], axis=0), axis=1).sum()
+
+
+@pytest.mark.parametrize(("mapper", "given"), [("global", True), ("global", False), ("incremental", True)])
+def test_a_walk_through_a_room_comes_back_by_either_mapper_alone(walk, monkeypatch, mapper, given):
+    pycolmap, (frames, c2w, length) = pytest.importorskip("pycolmap"), walk
+    other = "incremental_mapping" if mapper == "global" else "global_mapping"
+    monkeypatch.setattr(pycolmap, other, lambda *args: pytest.fail(f"{other} was asked"))
+    found = reconstruct(frames, K if given else None, mapper=mapper, threads=1)
+    errors = pose_errors(found.c2w, c2w)
+    assert found.reason == "" and found.registered == 1 and found.motion == "structure" and found.agreement > 0.9
+    assert errors["rot_mean_deg"] < 0.2 and errors["trans_mean"] < 0.01 * length  # at 320x240
+    np.testing.assert_allclose(found.intrinsics, K, rtol=0 if given else 0.01)
+
+
+def test_where_one_mapper_goes_wrong_the_other_is_asked_and_without_it_the_cameras_are_refused(walk, monkeypatch):
+    pytest.importorskip("pycolmap")
+    frames, c2w, _ = walk
+    structure, asked = module._structure, []
+
+    def first_wrong(*args):
+        found = structure(*args)
+        asked.append(found)
+        return found if len(asked) == 2 else dataclasses.replace(found, agreement=0.5, reason="wrong")
+
+    monkeypatch.setattr(module, "_structure", first_wrong)
+    assert reconstruct(frames, K, threads=1) is asked[1] and asked[1].reason == ""
+    asked.clear()
+    model_of = module._map
+    monkeypatch.setattr(module, "_map", lambda *args, **kw: model_of(*args, **kw) if args[1] == "global" else None)
+    assert reconstruct(frames, K, threads=1).reason == "wrong"
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 pycolmap: SIFT of at most 2000 features a frame, matched with the next five, one pinhole camera. Frames 8 or 16 apart
 are not matched: where textures repeat, as in a game's, more than half of such matches are of another tile, and they
 measured 12 degrees of error in place of 0.02; of the nearer pairs those go that the frames between contradict. Mapped
-globally, and where those cameras leave matches of neighbouring frames unexplained also incrementally: the better one
-is taken, and refused where it is no good either. The two go wrong on different walks. Frames that only turn, where no
+globally, and where frames are left out or the cameras refused also incrementally: the two go wrong on different walks.
+Refused are, among others, cameras that leave matches of neighbouring frames unexplained. Frames that only turn, where no
 translation can be seen, get rotations from the matches alone: the turn between two frames that best carries unit
 bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average. Half a second
 to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
@@ -45,7 +45,7 @@ MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
 # Least share of two neighbouring frames' matches that cameras explain, to within a pixel: of right ones 0.74 with a sky
 # that goes with the eye and otherwise 0.9 and more, of wrong ones up to 0.51.
-MIN_AGREEMENT, _SURE = 0.6, 0.9  # refused below; no other mapper asked above
+MIN_AGREEMENT = 0.6
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 _MIN_MATCHES = 15
@@ -106,7 +106,7 @@ def reconstruct(
             model = _map(folder, way, k is None, seed, threads, insist=parallax_px >= _NEARLY_TURNED_PX)
             if model is not None:
                 found.append(_structure(model, failed, frames.shape[1:3], depth, pairs))
-            if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
+            if found and not found[-1].reason and found[-1].registered == 1:
                 break
     best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
     if (best is None or best.registered < MIN_REGISTERED) and parallax_px < _NEARLY_TURNED_PX:

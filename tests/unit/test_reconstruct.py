@@ -189,29 +189,42 @@ def test_a_walk_through_a_room_comes_back_by_either_mapper_alone(walk, monkeypat
     pycolmap, (frames, c2w, length) = pytest.importorskip("pycolmap"), walk
     other = "incremental_mapping" if mapper == "global" else "global_mapping"
     monkeypatch.setattr(pycolmap, other, lambda *args: pytest.fail(f"{other} was asked"))
-    found = reconstruct(frames, K if given else None, mapper=mapper, threads=1)
+    found = reconstruct(frames, K if given else None, mapper=mapper)
     errors = pose_errors(found.c2w, c2w)
     assert found.reason == "" and found.registered == 1 and found.motion == "structure" and found.agreement > 0.9
     assert errors["rot_mean_deg"] < 0.2 and errors["trans_mean"] < 0.01 * length  # at 320x240
     np.testing.assert_allclose(found.intrinsics, K, rtol=0 if given else 0.01)
+    if mapper == "global" and given:
+        np.testing.assert_array_equal(reconstruct(frames, K).c2w, found.c2w)
 
 
-def test_where_one_mapper_goes_wrong_the_other_is_asked_and_without_it_the_cameras_are_refused(walk, monkeypatch):
-    pytest.importorskip("pycolmap")
-    frames, c2w, _ = walk
-    structure, asked = module._structure, []
-
-    def first_wrong(*args):
-        found = structure(*args)
-        asked.append(found)
-        return found if len(asked) == 2 else dataclasses.replace(found, agreement=0.5, reason="wrong")
-
-    monkeypatch.setattr(module, "_structure", first_wrong)
-    assert reconstruct(frames, K, threads=1) is asked[1] and asked[1].reason == ""
-    asked.clear()
-    model_of = module._map
-    monkeypatch.setattr(module, "_map", lambda *args, **kw: model_of(*args, **kw) if args[1] == "global" else None)
-    assert reconstruct(frames, K, threads=1).reason == "wrong"
+@pytest.mark.parametrize(
+    ("results", "asked", "chosen"),
+    [
+        ({"global": (1.0, 0.95, "")}, ["global"], "global"),
+        ({"global": (1.0, 0.95, "jumps"), "incremental": (1.0, 0.7, "")}, ["global", "incremental"], "incremental"),
+        ({"global": (0.8, 0.95, ""), "incremental": (1.0, 0.9, "")}, ["global", "incremental"], "incremental"),
+        ({"global": (0.9, 0.95, ""), "incremental": (1.0, 0.65, "")}, ["global", "incremental"], "global"),
+        ({"global": (1.0, 0.4, "wrong"), "incremental": (1.0, 0.5, "wrong")}, ["global", "incremental"], "incremental"),
+        ({"incremental": (0.6, 0.9, "")}, ["global", "incremental"], "incremental"),
+        ({}, ["global", "incremental"], None),
+    ],
+)
+def test_the_other_mapper_is_asked_where_the_first_fails_and_the_better_one_is_taken(
+    monkeypatch, results, asked, chosen
+):
+    found = {
+        way: dataclasses.replace(empty(3), registered=share, agreement=agreement, reason=reason)
+        for way, (share, agreement, reason) in results.items()
+    }
+    calls = []
+    monkeypatch.setattr(module, "_match", lambda *args: {(0, 1): ()})
+    monkeypatch.setattr(module, "_rotations", lambda *args: (empty(3), 10.0))
+    monkeypatch.setattr(module, "_map", lambda folder, way, *args, **kw: calls.append(way) or found.get(way))
+    monkeypatch.setattr(module, "_structure", lambda model, *args: model)
+    best = reconstruct(np.zeros((3, 8, 8, 3), np.uint8), K)
+    assert calls == asked
+    assert best is found[chosen] if chosen else "no structure was found from 10.0 pixels" in best.reason
 
 
 @pytest.mark.slow

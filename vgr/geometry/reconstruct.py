@@ -3,8 +3,8 @@
 pycolmap: SIFT of at most 2000 features a frame, matched with the next five, one pinhole camera. Frames 8 or 16 apart
 are not matched: where textures repeat, as in a game's, more than half of such matches are of another tile, and they
 measured 12 degrees of error in place of 0.02; of the nearer pairs those go that the frames between contradict. Mapped
-globally, and where frames are left out or the cameras refused also incrementally: the two go wrong on different walks.
-Refused are, among others, cameras that leave matches of neighbouring frames unexplained. Frames that only turn, where no
+globally, and incrementally where that leaves frames out or is refused: the two go wrong on different walks. Refused
+are, among others, cameras that leave matches of neighbouring frames unexplained. Frames that only turn, where no
 translation can be seen, get rotations from the matches alone: the turn between two frames that best carries unit
 bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average. Half a second
 to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put

@@ -1,8 +1,7 @@
-"""What the matches of a shot say of each other, and of cameras: where textures repeat, sound matches can be wrong.
+"""What the matches of a shot say of each other and of cameras: where textures repeat, sound ones can be wrong.
 
-A step of one tile looks like no step at all: two frames of a walk that are five apart had more matches than two that
-are three apart, nearly all of another tile, and their epipolar geometry was sound. Neighbouring frames move too little
-for that, so what they say goes before what frames further apart say.
+A step of one tile looks like no step at all: frames five apart had more matches than frames three apart, nearly all of
+another tile and of sound epipolar geometry. Neighbouring frames move too little for that, so their word goes first.
 """
 
 from __future__ import annotations
@@ -10,28 +9,25 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vgr.geometry.conventions import epipolar_px
+from vgr.geometry.conventions import Array, epipolar_px
 
-Array = NDArray[np.float64]
 Pairs = dict[tuple[int, int], tuple[Array, Array]]  # frames i < j -> matched pixels (N,2) of both
 
 _OFF_PX = 1.0  # from where epipolar geometry lets it be, of a match that the cameras explain
 
 
 def contradicted(matches: dict[tuple[int, int], NDArray[np.int64]]) -> set[tuple[int, int]]:
-    """Pairs of frames whose matches those of the neighbouring frames between them contradict.
+    """Pairs of frames that the frames between contradict: more of their matches, followed there, miss than meet.
 
-    matches: frames i < j -> indices (N,2) of matched features, each in one match of a pair. A match is followed from
-    both ends through the neighbours' matches. Where both ways are known in one frame, they meet in one feature, or it
-    is a match of two things that look alike. A pair is contradicted where more of its matches miss than meet.
+    matches: frames i < j -> indices (N,2) of features, each in one match of a pair. Both ends are followed through
+    neighbours' matches to a frame where both are known: one feature there, or two things that look alike.
     """
     frames = 1 + max((j for _, j in matches), default=0)
     size = 2 + max((int(m.max()) for m in matches.values()), default=0)  # the last one, as -1, leads nowhere
-    ahead, back = np.full((2, frames, size), -1)
-    for i in range(frames - 1):
-        a, b = matches.get((i, i + 1), np.zeros((0, 2), dtype=int)).T
-        ahead[i, a], back[i + 1, b] = b, a
-    wrong = set()
+    (ahead, back), wrong = np.full((2, frames, size), -1), set()
+    for (i, j), m in matches.items():
+        if j == i + 1:
+            ahead[i, m[:, 0]], back[j, m[:, 1]] = m.T[::-1]
     for (i, j), m in matches.items():
         there, here, meets = [m[:, 0]], m[:, 1], np.zeros(len(m))
         for f in range(i, j):
@@ -50,10 +46,8 @@ def explained(pairs: Pairs, c2w_F44: Array, k: Array, size_hw: tuple[int, int]) 
     epipolar geometry lets them be. c2w_F44: NaN where unknown. Empty where no such pair has matches."""
     pixels = np.array(size_hw[::-1], dtype=np.float64)
     known = np.flatnonzero(np.isfinite(c2w_F44).all((1, 2))).tolist()
-    shares = []
-    for i, j in zip(known, known[1:]):
-        if (i, j) in pairs:
-            start, end = (p / pixels for p in pairs[i, j])
-            off = epipolar_px(np.linalg.inv(c2w_F44[j]) @ c2w_F44[i], start, end, k, k, pixels)
-            shares.append((off < _OFF_PX).mean())
-    return np.array(shares)
+    off = [
+        epipolar_px(np.linalg.inv(c2w_F44[j]) @ c2w_F44[i], *(p / pixels for p in pairs[i, j]), k, k, pixels)
+        for i, j in zip(known, known[1:]) if (i, j) in pairs
+    ]  # fmt: skip
+    return np.array([(px < _OFF_PX).mean() for px in off])

@@ -29,7 +29,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
 from vgr.geometry.alignment import turn_between
-from vgr.geometry.cameras import fov_deg, interpolate
+from vgr.geometry.cameras import fov_deg, from_fov, interpolate
 from vgr.geometry.checks import FOV_DEG
 from vgr.geometry.matches import Pairs, contradicted, explained
 
@@ -43,9 +43,7 @@ FEATURES, OVERLAP = 2000, 5
 SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
-# Least share of two neighbouring frames' matches that cameras explain, to within a pixel: of right ones 0.74 with a sky
-# that goes with the eye and otherwise 0.9 and more, of wrong ones up to 0.51.
-MIN_AGREEMENT = 0.6
+MIN_AGREEMENT = 0.6  # right cameras 0.74 (much sky, which goes with the eye) to 0.98, wrong ones up to 0.51
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 _MIN_MATCHES = 15
@@ -182,16 +180,14 @@ def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, 
     with pycolmap.Database.open(database) as known:
         index = {image.image_id: int(Path(image.name).stem) for image in known.read_all_images()}
         points = {i: known.read_keypoints(image)[:, :2].astype(np.float64) for image, i in index.items()}
-        matches, images_of = {}, {}
+        image_of, matches = {i: image for image, i in index.items()}, {}
         for pair, geometry in zip(*known.read_two_view_geometries()):
-            images_ab = pycolmap.pair_id_to_image_pair(pair)
-            a, b = (index[image] for image in images_ab)
+            a, b = (index[image] for image in pycolmap.pair_id_to_image_pair(pair))
             if len(geometry.inlier_matches) >= _MIN_MATCHES:
-                both = geometry.inlier_matches[:, :: 1 if a < b else -1].astype(np.int64)
-                matches[min(a, b), max(a, b)], images_of[min(a, b), max(a, b)] = both, images_ab
-        for pair in contradicted(matches):
-            known.delete_two_view_geometry(*images_of[pair])
-            del matches[pair]
+                matches[min(a, b), max(a, b)] = geometry.inlier_matches[:, :: 1 if a < b else -1].astype(np.int64)
+        for a, b in contradicted(matches):
+            known.delete_two_view_geometry(image_of[a], image_of[b])
+            del matches[a, b]
     return {(a, b): (points[a][both[:, 0]], points[b][both[:, 1]]) for (a, b), both in matches.items()}
 
 
@@ -238,17 +234,14 @@ def _turns(pairs: Pairs, k: Array, size_hw: tuple[int, int]) -> tuple[dict[tuple
 
 def _rotations(pairs: Pairs, failed: Reconstruction, size_hw: tuple[int, int]) -> tuple[Reconstruction, float]:
     """Cameras that only turn, and the parallax that they leave unexplained: of nine pairs in ten it is less, pixels."""
-    height, width = size_hw
     k = failed.intrinsics
     if np.isnan(k).any():
 
-        def of(log_focal: float) -> Array:
-            focal = math.exp(log_focal)
-            return np.array([focal, focal * width / height, 0.5, 0.5])
+        def of(fov: float) -> Array:
+            return from_fov(fov, size_hw[1] / size_hw[0], torch.float64).numpy()
 
-        bounds = [math.log(0.5 / math.tan(math.radians(angle) / 2)) for angle in FOV_DEG[::-1]]
         few = dict(list(pairs.items())[:: max(1, len(pairs) // 40)])
-        found = minimize_scalar(lambda f: _turns(few, of(f), size_hw)[1].mean(), bounds=bounds, method="bounded")
+        found = minimize_scalar(lambda fov: _turns(few, of(fov), size_hw)[1].mean(), bounds=FOV_DEG, method="bounded")
         k = of(float(found.x))
     turns, left = _turns(pairs, k, size_hw)
     frames = len(failed.c2w)
@@ -269,18 +262,16 @@ def _rotations(pairs: Pairs, failed: Reconstruction, size_hw: tuple[int, int]) -
     c2w[inside] = np.eye(4)
     c2w[inside, :3, :3] = w2c[0] @ w2c.swapaxes(1, 2)
     share, residual = len(inside) / frames, float(np.median(left))
-    result = replace(
+    return replace(
         failed, c2w=c2w, intrinsics=k, motion="rotation", registered=share, reprojection_px=residual,
         confidence=share / (1 + residual),
-    )  # fmt: skip
-    return result, float(np.quantile(left, 0.9))
+    ), float(np.quantile(left, 0.9))  # fmt: skip
 
 
 def _structure(
     model: pycolmap.Reconstruction, failed: Reconstruction, size_hw: tuple[int, int], depth: Array | None, pairs: Pairs
 ) -> Reconstruction:
     """The model relative to its first registered frame, in its unit or metres."""
-    height, width = size_hw
     images = {int(Path(model.images[i].name).stem): model.images[i] for i in model.reg_image_ids()}
     c2w = failed.c2w.copy()
     for i, image in images.items():
@@ -298,9 +289,8 @@ def _structure(
     unit, spread = _unit(rays_px, depths, depth, size_hw)
     c2w[:, :3, 3] *= unit
     points = points * unit
-    camera = next(iter(model.cameras.values()))
-    K = camera.calibration_matrix()
-    k = np.array([K[0, 0] / width, K[1, 1] / height, K[0, 2] / width, K[1, 2] / height])
+    K = next(iter(model.cameras.values())).calibration_matrix()
+    k = K[[0, 1, 0, 1], [0, 1, 2, 2]] / np.tile(size_hw[::-1], 2)
     share = len(images) / len(c2w)
     reason = f"the metres of a unit vary by {spread:.2g} of their mean over frames" if spread > SCALE_SPREAD else ""
     return _judged(replace(

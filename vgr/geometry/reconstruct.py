@@ -3,11 +3,11 @@
 pycolmap: SIFT of at most 2000 features a frame, matched with the next five, one pinhole camera. Frames 8 or 16 apart
 are not matched: where textures repeat, as in a game's, more than half of such matches are of another tile, and they
 measured 12 degrees of error in place of 0.02; of the nearer pairs those go that the frames between contradict. Mapped
-globally, and incrementally where that leaves frames out or is refused: the two go wrong on different walks. Refused
-are, among others, cameras that leave matches of neighbouring frames unexplained. Frames that only turn, where no
-translation can be seen, get rotations from the matches alone: the turn between two frames that best carries unit
-bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average. Half a second
-to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
+globally, and also incrementally where that leaves frames out or matches of neighbouring frames unexplained: the two go
+wrong on different walks. The better cameras are taken, and refused if they leave many unexplained. Frames that only
+turn, where no translation can be seen, get rotations from the matches alone: the turn between two frames that best
+carries unit bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average.
+Half a second to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
 `vgr.geometry.cameras.interpolate` between.
 """
 
@@ -43,7 +43,7 @@ FEATURES, OVERLAP = 2000, 5
 SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
-MIN_AGREEMENT = 0.6  # right cameras 0.74 (much sky, which goes with the eye) to 0.98, wrong ones up to 0.51
+MIN_AGREEMENT, _SURE = 0.7, 0.9  # right cameras 0.74 (much sky, which goes with the eye) to 0.98, wrong ones up to 0.66
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 _MIN_MATCHES = 15
@@ -84,7 +84,7 @@ def reconstruct(
     is estimated (`vgr.data.video` gives frames whose pixels are square). mapper: the one of MAPPERS to ask first.
     depth_m gives metres: the median depth of what the shot shows, or planar depth maps (F,h,w) in metres of any size
     (0, negative or not finite: unknown). A failure is a result with a reason, never an error; ValueError is for
-    arguments. Equal arguments give equal results. threads bounds pycolmap's.
+    arguments. Equal arguments give equal results. threads: of features and matching.
     """
     frames, k, depth = _checked(frames_FHW3, intrinsics, mapper, depth_m)
     failed = Reconstruction(
@@ -101,10 +101,10 @@ def reconstruct(
             return _judged(turned)
         found: list[Reconstruction] = []
         for way in sorted(MAPPERS, key=lambda name: name != mapper):
-            model = _map(folder, way, k is None, seed, threads, insist=parallax_px >= _NEARLY_TURNED_PX)
+            model = _map(folder, way, k is None, seed, insist=parallax_px >= _NEARLY_TURNED_PX)
             if model is not None:
                 found.append(_structure(model, failed, frames.shape[1:3], depth, pairs))
-            if found and not found[-1].reason and found[-1].registered == 1:
+            if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
                 break
     best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
     if (best is None or best.registered < MIN_REGISTERED) and parallax_px < _NEARLY_TURNED_PX:
@@ -167,9 +167,13 @@ def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, 
     if k is not None:
         reader.camera_params = ",".join(f"{v:.17g}" for v in k * np.tile(frames.shape[2:0:-1], 2))
     extraction.sift.max_num_features, extraction.num_threads = FEATURES, threads
+    # The images first, in order: extraction on two threads numbers them as they are done, and results depend on that.
+    single = pycolmap.CameraMode.SINGLE
+    pycolmap.Database.open(database).close()
+    pycolmap.import_images(database, images, camera_mode=single, options=reader)
     pycolmap.extract_features(
-        database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader,
-        extraction_options=extraction, device=pycolmap.Device.cpu,
+        database, images, camera_mode=single, reader_options=reader, extraction_options=extraction,
+        device=pycolmap.Device.cpu,
     )
     matching, pairing = pycolmap.FeatureMatchingOptions(), pycolmap.SequentialPairingOptions()
     verification = pycolmap.TwoViewGeometryOptions()
@@ -191,17 +195,15 @@ def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, 
     return {(a, b): (points[a][both[:, 0]], points[b][both[:, 1]]) for (a, b), both in matches.items()}
 
 
-def _map(
-    folder: Path, mapper: str, refine: bool, seed: int, threads: int, insist: bool
-) -> pycolmap.Reconstruction | None:
-    """The largest model of the matches in the folder's database."""
+def _map(folder: Path, mapper: str, refine: bool, seed: int, insist: bool) -> pycolmap.Reconstruction | None:
+    """The largest model of the matches in the folder's database. By one thread: with two, equal runs differ."""
     import pycolmap
 
     if mapper == "incremental":
         options = pycolmap.IncrementalPipelineOptions()
         options.extract_colors = False
         options.ba_refine_focal_length = options.mapper.abs_pose_refine_focal_length = refine
-        options.mapper.num_threads, options.mapper.random_seed = threads, seed
+        options.mapper.num_threads, options.mapper.random_seed = 1, seed
         options.triangulation.random_seed = seed
         run: Callable[..., dict[int, Any]] = pycolmap.incremental_mapping
     else:
@@ -209,9 +211,9 @@ def _map(
             pycolmap.calibrate_view_graph(folder / "database.db")
         options = pycolmap.GlobalPipelineOptions()
         options.mapper.bundle_adjustment.refine_focal_length = refine
-        options.mapper.num_threads, options.mapper.random_seed = threads, seed
+        options.mapper.num_threads, options.mapper.random_seed = 1, seed
         run = pycolmap.global_mapping
-    options.num_threads, options.random_seed = threads, seed
+    options.num_threads, options.random_seed = 1, seed
     models = run(folder / "database.db", folder / "images", folder / "models", options)
     # A walk straight ahead, or a short one: COLMAP trusts no such pair of frames to start from.
     if not models and insist and mapper == "incremental":

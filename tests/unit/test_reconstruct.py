@@ -213,8 +213,9 @@ def test_a_walk_through_a_room_comes_back_by_either_mapper_alone(walk, monkeypat
 def test_the_other_mapper_is_asked_where_the_first_fails_and_the_better_one_is_taken(
     monkeypatch, results, asked, chosen
 ):
+    c2w = turning(3, np.random.default_rng(0))
     found = {
-        way: dataclasses.replace(empty(3), registered=share, agreement=agreement, reason=reason)
+        way: dataclasses.replace(empty(3), c2w=c2w, registered=share, agreement=agreement, reason=reason)
         for way, (share, agreement, reason) in results.items()
     }
     calls = []
@@ -225,6 +226,23 @@ def test_the_other_mapper_is_asked_where_the_first_fails_and_the_better_one_is_t
     best = reconstruct(np.zeros((3, 8, 8, 3), np.uint8), K)
     assert calls == asked
     assert best is found[chosen] if chosen else "no structure was found from 10.0 pixels" in best.reason
+
+
+@pytest.mark.parametrize(("agreements", "told"), [((0.72, 0.74), "differ by 2.0 degrees"), ((0.5, 0.95), "")])
+def test_cameras_that_two_mappers_tell_differently_are_refused_unless_sure(monkeypatch, agreements, told):
+    poses = np.stack([turning(4, np.random.default_rng(0))] * 2)
+    turns = Rotation.from_euler("y", np.array([[0], [2], [4], [6]]), degrees=True).as_matrix()
+    poses[1, :, :3, :3] = turns @ poses[1, :, :3, :3]
+    found = {
+        way: dataclasses.replace(empty(4), c2w=c2w, registered=1.0, agreement=agreement)
+        for way, c2w, agreement in zip(module.MAPPERS, poses, agreements)
+    }
+    monkeypatch.setattr(module, "_match", lambda *args: {(0, 1): ()})
+    monkeypatch.setattr(module, "_rotations", lambda *args: (empty(4), 10.0))
+    monkeypatch.setattr(module, "_map", lambda folder, way, *args, **kw: way)
+    monkeypatch.setattr(module, "_structure", lambda way, *args: found[way])
+    best = reconstruct(np.zeros((4, 8, 8, 3), np.uint8), K)
+    assert best.agreement == agreements[1] and (told in best.reason if told else best.reason == "")
 
 
 @pytest.mark.slow

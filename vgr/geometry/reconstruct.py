@@ -28,7 +28,7 @@ from scipy.optimize import minimize_scalar
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
-from vgr.geometry.alignment import turn_between
+from vgr.geometry.alignment import rotation_mean, turn_between
 from vgr.geometry.cameras import fov_deg, from_fov, interpolate
 from vgr.geometry.checks import FOV_DEG
 from vgr.geometry.matches import Pairs, contradicted, explained
@@ -43,7 +43,9 @@ FEATURES, OVERLAP = 2000, 5
 SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
-MIN_AGREEMENT, _SURE = 0.7, 0.9  # right cameras 0.74 (much sky, which goes with the eye) to 0.98, wrong ones up to 0.66
+# Right cameras agree by 0.74 (much sky, which goes with the eye) to 0.98, wrong ones by up to 0.74: between the limits
+# only what both mappers tell alike is taken.
+MIN_AGREEMENT, _SURE, MAX_APART_DEG = 0.7, 0.9, 1.0
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 _MIN_MATCHES = 15
@@ -107,6 +109,11 @@ def reconstruct(
             if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
                 break
     best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
+    if best is not None and not best.reason and len(found) == 2 and best.agreement < _SURE:
+        a, b = (x.c2w[np.isfinite([y.c2w for y in found]).all((0, 2, 3)), :3, :3] for x in found)
+        apart = np.rad2deg(Rotation.from_matrix((rotation_mean(a, b) @ a).swapaxes(1, 2) @ b).magnitude().mean())
+        if not apart <= MAX_APART_DEG:
+            best = replace(best, reason=f"two ways of mapping differ by {apart:.1f} degrees, and neither is sure")
     if (best is None or best.registered < MIN_REGISTERED) and parallax_px < _NEARLY_TURNED_PX:
         return _judged(turned)
     return best or replace(failed, reason=f"no structure was found from {parallax_px:.1f} pixels of parallax")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from vgr.data.worlds import Scene, Thing, textures
 from vgr.geometry import reconstruct as module
 from vgr.geometry.reconstruct import Reconstruction, reconstruct
 from vgr.metrics.camera_pose import pose_errors
@@ -114,6 +115,7 @@ def test_cameras_are_judged():
         ({"c2w": swing}, "direction jumps at frame 9"),
         ({"reprojection_px": 3.0}, "3.0 pixels off"),
         ({"registered": 0.3}, "only 20 of 20 frames"),
+        ({"agreement": 0.5}, "explain 50% of the matches only"),
         ({"intrinsics": narrow}, "field of view 14 x 14"),
     ):
         assert told in module._judged(dataclasses.replace(good, **changed)).reason
@@ -126,7 +128,7 @@ def test_cameras_are_judged():
         ({"frames_FHW3": np.zeros((3, 8, 8, 3), np.float32)}, "float32"),
         ({"intrinsics": [1, 1, 0.5]}, r"finite \(4,\)"),
         ({"intrinsics": [0, 1, 0.5, 0.5]}, r"finite \(4,\)"),
-        ({"mapper": "slam"}, "incremental, global"),
+        ({"mapper": "slam"}, "global, incremental"),
         ({"depth_m": -1.0}, "depth_m"),
         ({"depth_m": np.ones((2, 8, 8))}, r"maps \(3, h, w\)"),
     ],
@@ -163,6 +165,84 @@ def test_turning_before_a_picture_gives_rotations_with_pycolmap():
     found = reconstruct(np.stack(frames), K)
     assert found.motion == "rotation" and found.reason == "" and found.registered == 1
     assert rotation_errors(c2w, found.c2w).mean() < 0.1
+
+
+@pytest.fixture(scope="module")
+def walk():
+    """Frames (10,240,320,3), c2w and length in metres of a walk past boxes that stand in a room, of fine texture."""
+    rng = np.random.default_rng(0)
+    scene, still = Scene(rng), np.zeros(3)
+    scene.things[:] = [dataclasses.replace(thing, swing=still) for thing in scene.things]
+    for _ in range(12):
+        half, centre = rng.uniform(0.15, 0.4, 3).astype(np.float32), rng.uniform((-2, -2.2, 0.3), (2, -0.3, 2.2))
+        look = textures(rng, rng.uniform(0.3, 0.7, (1, 3)), np.array([0.12]))
+        scene.put(Thing("box", "red", half, centre, still, 0.0, 0.0), look)
+    c2w, s = np.tile(np.eye(4), (10, 1, 1)), np.linspace(0, 1, 10)
+    c2w[:, :3, :3] = Rotation.from_euler("YX", np.stack([np.sin(3 * s) / 4, np.sin(2 * s) / 10], axis=1)).as_matrix()
+    c2w[:, :3, 3] = np.stack([s - 0.5, np.sin(4 * s) / 5 - 1.2, s / 2 - 1.8], axis=1)
+    frames = np.stack([scene.render(pose, K, 0.0, (240, 320)) for pose in c2w])
+    return frames, c2w, np.linalg.norm(np.diff(c2w[:, :3, 3], axis=0), axis=1).sum()
+
+
+@pytest.mark.parametrize(("mapper", "given"), [("global", True), ("global", False), ("incremental", True)])
+def test_a_walk_through_a_room_comes_back_by_either_mapper_alone(walk, monkeypatch, mapper, given):
+    pycolmap, (frames, c2w, length) = pytest.importorskip("pycolmap"), walk
+    other = "incremental_mapping" if mapper == "global" else "global_mapping"
+    monkeypatch.setattr(pycolmap, other, lambda *args: pytest.fail(f"{other} was asked"))
+    found = reconstruct(frames, K if given else None, mapper=mapper)
+    errors = pose_errors(found.c2w, c2w)
+    assert found.reason == "" and found.registered == 1 and found.motion == "structure" and found.agreement > 0.9
+    assert errors["rot_mean_deg"] < 0.2 and errors["trans_mean"] < 0.01 * length  # at 320x240
+    np.testing.assert_allclose(found.intrinsics, K, rtol=0 if given else 0.01)
+    if given:
+        np.testing.assert_array_equal(reconstruct(frames, K, mapper=mapper).c2w, found.c2w)
+
+
+@pytest.mark.parametrize(
+    ("results", "asked", "chosen"),
+    [
+        ({"global": (1.0, 0.95, "")}, ["global"], "global"),
+        ({"global": (1.0, 0.95, "jumps"), "incremental": (1.0, 0.7, "")}, ["global", "incremental"], "incremental"),
+        ({"global": (0.8, 0.95, ""), "incremental": (1.0, 0.9, "")}, ["global", "incremental"], "incremental"),
+        ({"global": (0.9, 0.95, ""), "incremental": (1.0, 0.75, "")}, ["global", "incremental"], "global"),
+        ({"global": (1.0, 0.4, "wrong"), "incremental": (1.0, 0.5, "wrong")}, ["global", "incremental"], "incremental"),
+        ({"incremental": (0.6, 0.9, "")}, ["global", "incremental"], "incremental"),
+        ({}, ["global", "incremental"], None),
+    ],
+)
+def test_the_other_mapper_is_asked_where_the_first_fails_and_the_better_one_is_taken(
+    monkeypatch, results, asked, chosen
+):
+    c2w = turning(3, np.random.default_rng(0))
+    found = {
+        way: dataclasses.replace(empty(3), c2w=c2w, registered=share, agreement=agreement, reason=reason)
+        for way, (share, agreement, reason) in results.items()
+    }
+    calls = []
+    monkeypatch.setattr(module, "_match", lambda *args: {(0, 1): ()})
+    monkeypatch.setattr(module, "_rotations", lambda *args: (empty(3), 10.0))
+    monkeypatch.setattr(module, "_map", lambda folder, way, *args, **kw: calls.append(way) or found.get(way))
+    monkeypatch.setattr(module, "_structure", lambda model, *args: model)
+    best = reconstruct(np.zeros((3, 8, 8, 3), np.uint8), K)
+    assert calls == asked
+    assert best is found[chosen] if chosen else "no structure was found from 10.0 pixels" in best.reason
+
+
+@pytest.mark.parametrize(("agreements", "told"), [((0.72, 0.74), "differ by 2.0 degrees"), ((0.5, 0.95), "")])
+def test_cameras_that_two_mappers_tell_differently_are_refused_unless_sure(monkeypatch, agreements, told):
+    poses = np.stack([turning(4, np.random.default_rng(0))] * 2)
+    turns = Rotation.from_euler("y", np.array([[0], [2], [4], [6]]), degrees=True).as_matrix()
+    poses[1, :, :3, :3] = turns @ poses[1, :, :3, :3]
+    found = {
+        way: dataclasses.replace(empty(4), c2w=c2w, registered=1.0, agreement=agreement)
+        for way, c2w, agreement in zip(module.MAPPERS, poses, agreements)
+    }
+    monkeypatch.setattr(module, "_match", lambda *args: {(0, 1): ()})
+    monkeypatch.setattr(module, "_rotations", lambda *args: (empty(4), 10.0))
+    monkeypatch.setattr(module, "_map", lambda folder, way, *args, **kw: way)
+    monkeypatch.setattr(module, "_structure", lambda way, *args: found[way])
+    best = reconstruct(np.zeros((4, 8, 8, 3), np.uint8), K)
+    assert best.agreement == agreements[1] and (told in best.reason if told else best.reason == "")
 
 
 @pytest.mark.slow

@@ -1,3 +1,6 @@
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 
@@ -108,3 +111,25 @@ def test_a_live_video_can_be_read_while_it_is_written(tmp_path):
     assert 10 <= len(so_far) <= 12 and len(whole) == 24
     assert np.array_equal(whole[: len(so_far)], so_far)
     np.testing.assert_allclose(np.diff(times), 1 / 16, atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [0, 90])
+def test_pixels_that_are_not_square_are_made_square(tmp_path, turned):
+    """A disc squeezed into pixels three halves as wide as high is round again, so one focal length in pixels holds."""
+    rows, columns = np.mgrid[:96, :80] + 0.5
+    disc = np.hypot(rows - 48, (columns - 40) * 1.5) < 30
+    with av.open(str(tmp_path / "wide.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=8, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = 96, 80, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(3, 2)
+        if turned:
+            stream.set_display_rotation(turned)
+        for _ in range(2):
+            image = np.repeat(disc[..., None], 3, axis=2).astype(np.uint8) * 255
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(stream.encode())
+    frames, info = video.read_video(tmp_path / "wide.mp4")[0], video.probe(tmp_path / "wide.mp4")
+    assert frames.shape[1:3] == info.size_hw == ((120, 96) if turned else (96, 120))
+    assert "pixels of 3/2 made square" in info.notes
+    bright = frames[0, ..., 0] > 128
+    assert [int(bright.any(axis).sum()) for axis in (0, 1)] == pytest.approx([60, 60], abs=2)

@@ -90,7 +90,9 @@ def check_convention(frames_FHW3: ArrayLike, cameras: Cameras) -> ConventionRepo
         return ConventionReport("undecidable", {}, tuple(READINGS), 0.0, 0)
     poses = [read(c2w) for read in READINGS.values()]
     pixels = np.array([1.0, frames.shape[1] / frames.shape[2]]) * _WIDTH
-    errors_RP = np.array([[_error(pose, i, j, *track, k, pixels) for i, j, track, _ in found] for pose in poses])
+    off = [[epipolar_px(np.linalg.inv(pose[j]) @ pose[i], *track, k[i], k[j], pixels) for i, j, track, _ in found]
+           for pose in poses]  # fmt: skip
+    errors_RP = np.array([[np.median(np.nan_to_num(px, nan=_WIDTH)) for px in row] for row in off])
     errors_R = np.median(errors_RP, axis=1)
     told = dict(zip(READINGS, errors_R.tolist()))
     figures = ", ".join(f"{name}: {px:.2f}" for name, px in told.items())
@@ -165,15 +167,17 @@ def _parallax(start: Array, end: Array, k1: Array, k2: Array) -> float:
     return turn_between(a, b, _WIDTH * float(k2[0]))[1]
 
 
-def _error(c2w: Array, i: int, j: int, start: Array, end: Array, k: Array, pixels_2: Array) -> float:
-    """Median distance of ends from where points in front of camera i could have gone, for a picture of pixels_2."""
-    relative = np.linalg.inv(c2w[j]) @ c2w[i]
-    ray = _rays(start, k[i]) @ relative[:3, :3].T
+def epipolar_px(relative_44: Array, start: Array, end: Array, k1: Array, k2: Array, pixels_2: Array) -> Array:
+    """Distances (N,) of ends from where points in front of the first camera could have gone, in pixels; NaN: nowhere.
+
+    start, end (N,2), intrinsics (4,) normalised; relative_44: from the first camera's frame to the second's; pixels_2:
+    width and height of the picture."""
+    ray = _rays(start, k1) @ relative_44[:3, :3].T
     x, y, z = np.where(ray[:, 2] > 1e-3, ray.T, np.nan)
-    tx, ty, tz = relative[:3, 3]
+    tx, ty, tz = relative_44[:3, 3]
     # At infinity a point goes to ray / z; nearer ones go from there along the image of the translation.
-    off = (end - (np.stack([x / z, y / z], axis=1) * k[j, :2] + k[j, 2:])) * pixels_2
-    way = np.stack([tx * z - tz * x, ty * z - tz * y], axis=1) * k[j, :2] * pixels_2
+    off = (end - (np.stack([x / z, y / z], axis=1) * k2[:2] + k2[2:])) * pixels_2
+    way = np.stack([tx * z - tz * x, ty * z - tz * y], axis=1) * k2[:2] * pixels_2
     way /= np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-12)
     along = np.maximum((off * way).sum(axis=1, keepdims=True), 0.0)
-    return float(np.median(np.nan_to_num(np.linalg.norm(off - along * way, axis=1), nan=_WIDTH)))
+    return np.linalg.norm(off - along * way, axis=1)

@@ -1,11 +1,13 @@
 """Cameras from the frames of one shot: structure from motion without weights (specs/world-model 8, benchmarks 4.3).
 
-pycolmap: SIFT of at most 2000 features a frame, matched with the next five, mapped incrementally or globally, one
-pinhole camera. Frames 8 or 16 apart are not matched: where textures repeat, as in a game's, more than half of such
-matches are of another tile, and they measured 12 degrees of error in place of 0.02. Frames that only turn, where no
-translation can be seen, get rotations from the matches alone: the turn between two frames that best carries unit
-bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average. Half a second
-to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
+pycolmap: SIFT of at most 2000 features a frame, matched with the next five, one pinhole camera. Frames 8 or 16 apart
+are not matched: where textures repeat, as in a game's, more than half of such matches are of another tile, and they
+measured 12 degrees of error in place of 0.02; of the nearer pairs those go that the frames between contradict. Mapped
+globally, and also incrementally where that leaves frames out or matches of neighbouring frames unexplained: the two go
+wrong on different walks. The better cameras are taken, and refused if they leave many unexplained. Frames that only
+turn, where no translation can be seen, get rotations from the matches alone: the turn between two frames that best
+carries unit bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average.
+Half a second to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
 `vgr.geometry.cameras.interpolate` between.
 """
 
@@ -26,21 +28,24 @@ from scipy.optimize import minimize_scalar
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
-from vgr.geometry.alignment import turn_between
-from vgr.geometry.cameras import fov_deg, interpolate
+from vgr.geometry.alignment import rotation_mean, turn_between
+from vgr.geometry.cameras import fov_deg, from_fov, interpolate
 from vgr.geometry.checks import FOV_DEG
+from vgr.geometry.matches import Pairs, contradicted, explained
 
 if TYPE_CHECKING:
     import pycolmap
 
 Array = NDArray[np.float64]
-Pairs = dict[tuple[int, int], tuple[Array, Array]]  # frames i < j -> matched pixels (N,2) of both
 
-MAPPERS = ("incremental", "global")
+MAPPERS = ("global", "incremental")
 FEATURES, OVERLAP = 2000, 5
 SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
+# Right cameras agree by 0.74 (much sky, which goes with the eye) to 0.98, wrong ones by up to 0.74: between the limits
+# only what both mappers tell alike is taken.
+MIN_AGREEMENT, _SURE, MAX_APART_DEG = 0.7, 0.9, 1.0
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 _MIN_MATCHES = 15
@@ -56,6 +61,7 @@ class Reconstruction:
     found. registered: share of frames; reprojection_px: mean over sparse points (rotation: median residual of the
     matches). confidence: 0 to 1, registered share times how much of the structure is seen under a wide enough angle.
     points (N,3): sparse points in the cameras' frame. reason: why the cameras should not be used; "" where they can be.
+    agreement: share of matches that the cameras explain between the two neighbouring frames where it is least.
     """
 
     c2w: Array
@@ -67,18 +73,20 @@ class Reconstruction:
     points: Array
     metric: bool
     reason: str
+    agreement: float = math.nan
 
 
 def reconstruct(
-    frames_FHW3: ArrayLike, intrinsics: ArrayLike | None = None, *, mapper: str = "incremental",
+    frames_FHW3: ArrayLike, intrinsics: ArrayLike | None = None, *, mapper: str = "global",
     depth_m: float | ArrayLike | None = None, seed: int = 0, threads: int = 2,
 ) -> Reconstruction:
     """Cameras of one shot, frames (F,H,W,3) uint8, F >= 2.
 
     intrinsics (4,), normalised: kept as they are; without them one focal length for square pixels and a centred axis
-    is estimated. mapper: MAPPERS. depth_m gives metres: the median depth of what the shot shows, or planar depth maps
-    (F,h,w) in metres of any size (0, negative or not finite: unknown). A failure is a result with a reason, never an
-    error; ValueError is for arguments. Equal arguments give equal results. threads bounds pycolmap's.
+    is estimated (`vgr.data.video` gives frames whose pixels are square). mapper: the one of MAPPERS to ask first.
+    depth_m gives metres: the median depth of what the shot shows, or planar depth maps (F,h,w) in metres of any size
+    (0, negative or not finite: unknown). A failure is a result with a reason, never an error; ValueError is for
+    arguments. Equal arguments give equal results. threads: of features and matching.
     """
     frames, k, depth = _checked(frames_FHW3, intrinsics, mapper, depth_m)
     failed = Reconstruction(
@@ -93,14 +101,22 @@ def reconstruct(
         turned, parallax_px = _rotations(pairs, failed, frames.shape[1:3])
         if parallax_px < _TURNED_PX:
             return _judged(turned)
-        model = _map(folder, mapper, k is None, seed, threads, insist=parallax_px >= _NEARLY_TURNED_PX)
-    share = 0.0 if model is None else model.num_reg_images() / len(frames)
-    if share < MIN_REGISTERED:
-        if parallax_px < _NEARLY_TURNED_PX:
-            return _judged(turned)
-        if model is None:
-            return replace(failed, reason=f"no structure was found from {parallax_px:.1f} pixels of parallax")
-    return _structure(model, failed, frames.shape[1:3], depth)
+        found: list[Reconstruction] = []
+        for way in sorted(MAPPERS, key=lambda name: name != mapper):
+            model = _map(folder, way, k is None, seed, insist=parallax_px >= _NEARLY_TURNED_PX)
+            if model is not None:
+                found.append(_structure(model, failed, frames.shape[1:3], depth, pairs))
+            if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
+                break
+    best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
+    if best is not None and not best.reason and len(found) == 2 and best.agreement < _SURE:
+        a, b = (x.c2w[np.isfinite([y.c2w for y in found]).all((0, 2, 3)), :3, :3] for x in found)
+        apart = np.rad2deg(Rotation.from_matrix((rotation_mean(a, b) @ a).swapaxes(1, 2) @ b).magnitude().mean())
+        if not apart <= MAX_APART_DEG:
+            best = replace(best, reason=f"two ways of mapping differ by {apart:.1f} degrees, and neither is sure")
+    if (best is None or best.registered < MIN_REGISTERED) and parallax_px < _NEARLY_TURNED_PX:
+        return _judged(turned)
+    return best or replace(failed, reason=f"no structure was found from {parallax_px:.1f} pixels of parallax")
 
 
 def estimate_cameras(
@@ -158,9 +174,13 @@ def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, 
     if k is not None:
         reader.camera_params = ",".join(f"{v:.17g}" for v in k * np.tile(frames.shape[2:0:-1], 2))
     extraction.sift.max_num_features, extraction.num_threads = FEATURES, threads
+    # The images first, in order: extraction on two threads numbers them as they are done, and results depend on that.
+    single = pycolmap.CameraMode.SINGLE
+    pycolmap.Database.open(database).close()
+    pycolmap.import_images(database, images, camera_mode=single, options=reader)
     pycolmap.extract_features(
-        database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader,
-        extraction_options=extraction, device=pycolmap.Device.cpu,
+        database, images, camera_mode=single, reader_options=reader, extraction_options=extraction,
+        device=pycolmap.Device.cpu,
     )
     matching, pairing = pycolmap.FeatureMatchingOptions(), pycolmap.SequentialPairingOptions()
     verification = pycolmap.TwoViewGeometryOptions()
@@ -171,40 +191,36 @@ def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, 
     with pycolmap.Database.open(database) as known:
         index = {image.image_id: int(Path(image.name).stem) for image in known.read_all_images()}
         points = {i: known.read_keypoints(image)[:, :2].astype(np.float64) for image, i in index.items()}
-        pairs: Pairs = {}
+        image_of, matches = {i: image for image, i in index.items()}, {}
         for pair, geometry in zip(*known.read_two_view_geometries()):
             a, b = (index[image] for image in pycolmap.pair_id_to_image_pair(pair))
-            matches = geometry.inlier_matches
-            if len(matches) >= _MIN_MATCHES:
-                both = points[a][matches[:, 0]], points[b][matches[:, 1]]
-                pairs[min(a, b), max(a, b)] = both if a < b else both[::-1]
-    return pairs
+            if len(geometry.inlier_matches) >= _MIN_MATCHES:
+                matches[min(a, b), max(a, b)] = geometry.inlier_matches[:, :: 1 if a < b else -1].astype(np.int64)
+        for a, b in contradicted(matches):
+            known.delete_two_view_geometry(image_of[a], image_of[b])
+            del matches[a, b]
+    return {(a, b): (points[a][both[:, 0]], points[b][both[:, 1]]) for (a, b), both in matches.items()}
 
 
-def _map(
-    folder: Path, mapper: str, refine: bool, seed: int, threads: int, insist: bool
-) -> pycolmap.Reconstruction | None:
-    """The largest model of the matches in the folder's database."""
+def _map(folder: Path, mapper: str, refine: bool, seed: int, insist: bool) -> pycolmap.Reconstruction | None:
+    """The largest model of the matches in the folder's database. By one thread: with two, equal runs differ."""
     import pycolmap
 
     if mapper == "incremental":
         options = pycolmap.IncrementalPipelineOptions()
         options.extract_colors = False
         options.ba_refine_focal_length = options.mapper.abs_pose_refine_focal_length = refine
-        options.mapper.num_threads, options.mapper.random_seed = threads, seed
+        options.mapper.num_threads, options.mapper.random_seed = 1, seed
         options.triangulation.random_seed = seed
-        # Half to a third of COLMAP's own: points of good matches come back to 0.3 pixels, and with what its limits let
-        # pass a walk past repeating textures was 5 degrees off (benchmarks/README.md: another one is not, then).
-        options.mapper.filter_max_reproj_error, options.mapper.abs_pose_max_error = 2.0, 4.0
-        options.triangulation.create_max_angle_error = options.triangulation.continue_max_angle_error = 1.0
-        options.triangulation.min_angle = 1.0
         run: Callable[..., dict[int, Any]] = pycolmap.incremental_mapping
     else:
+        if refine:
+            pycolmap.calibrate_view_graph(folder / "database.db")
         options = pycolmap.GlobalPipelineOptions()
         options.mapper.bundle_adjustment.refine_focal_length = refine
-        options.mapper.num_threads, options.mapper.random_seed = threads, seed
+        options.mapper.num_threads, options.mapper.random_seed = 1, seed
         run = pycolmap.global_mapping
-    options.num_threads, options.random_seed = threads, seed
+    options.num_threads, options.random_seed = 1, seed
     models = run(folder / "database.db", folder / "images", folder / "models", options)
     # A walk straight ahead, or a short one: COLMAP trusts no such pair of frames to start from.
     if not models and insist and mapper == "incremental":
@@ -227,17 +243,14 @@ def _turns(pairs: Pairs, k: Array, size_hw: tuple[int, int]) -> tuple[dict[tuple
 
 def _rotations(pairs: Pairs, failed: Reconstruction, size_hw: tuple[int, int]) -> tuple[Reconstruction, float]:
     """Cameras that only turn, and the parallax that they leave unexplained: of nine pairs in ten it is less, pixels."""
-    height, width = size_hw
     k = failed.intrinsics
     if np.isnan(k).any():
 
-        def of(log_focal: float) -> Array:
-            focal = math.exp(log_focal)
-            return np.array([focal, focal * width / height, 0.5, 0.5])
+        def of(fov: float) -> Array:
+            return from_fov(fov, size_hw[1] / size_hw[0], torch.float64).numpy()
 
-        bounds = [math.log(0.5 / math.tan(math.radians(angle) / 2)) for angle in FOV_DEG[::-1]]
         few = dict(list(pairs.items())[:: max(1, len(pairs) // 40)])
-        found = minimize_scalar(lambda f: _turns(few, of(f), size_hw)[1].mean(), bounds=bounds, method="bounded")
+        found = minimize_scalar(lambda fov: _turns(few, of(fov), size_hw)[1].mean(), bounds=FOV_DEG, method="bounded")
         k = of(float(found.x))
     turns, left = _turns(pairs, k, size_hw)
     frames = len(failed.c2w)
@@ -258,18 +271,16 @@ def _rotations(pairs: Pairs, failed: Reconstruction, size_hw: tuple[int, int]) -
     c2w[inside] = np.eye(4)
     c2w[inside, :3, :3] = w2c[0] @ w2c.swapaxes(1, 2)
     share, residual = len(inside) / frames, float(np.median(left))
-    result = replace(
+    return replace(
         failed, c2w=c2w, intrinsics=k, motion="rotation", registered=share, reprojection_px=residual,
         confidence=share / (1 + residual),
-    )  # fmt: skip
-    return result, float(np.quantile(left, 0.9))
+    ), float(np.quantile(left, 0.9))  # fmt: skip
 
 
 def _structure(
-    model: pycolmap.Reconstruction, failed: Reconstruction, size_hw: tuple[int, int], depth: Array | None
+    model: pycolmap.Reconstruction, failed: Reconstruction, size_hw: tuple[int, int], depth: Array | None, pairs: Pairs
 ) -> Reconstruction:
     """The model relative to its first registered frame, in its unit or metres."""
-    height, width = size_hw
     images = {int(Path(model.images[i].name).stem): model.images[i] for i in model.reg_image_ids()}
     c2w = failed.c2w.copy()
     for i, image in images.items():
@@ -287,14 +298,14 @@ def _structure(
     unit, spread = _unit(rays_px, depths, depth, size_hw)
     c2w[:, :3, 3] *= unit
     points = points * unit
-    camera = next(iter(model.cameras.values()))
-    K = camera.calibration_matrix()
-    k = np.array([K[0, 0] / width, K[1, 1] / height, K[0, 2] / width, K[1, 2] / height])
+    K = next(iter(model.cameras.values())).calibration_matrix()
+    k = K[[0, 1, 0, 1], [0, 1, 2, 2]] / np.tile(size_hw[::-1], 2)
     share = len(images) / len(c2w)
     reason = f"the metres of a unit vary by {spread:.2g} of their mean over frames" if spread > SCALE_SPREAD else ""
     return _judged(replace(
         failed, c2w=c2w, intrinsics=k, motion="structure", registered=share, points=points, metric=depth is not None,
         reprojection_px=float(model.compute_mean_reprojection_error()), reason=reason,
+        agreement=float(explained(pairs, c2w, k, size_hw).min(initial=1.0)),
         confidence=share * _well_seen(points, rows, c2w),
     ))  # fmt: skip
 
@@ -340,6 +351,8 @@ def _judged(found: Reconstruction) -> Reconstruction:
         reasons.append(f"only {known.sum()} of {len(known)} frames could be registered")
     if found.reprojection_px > (_NEARLY_TURNED_PX if found.motion == "rotation" else MAX_REPROJECTION_PX):
         reasons.append(f"points come back {found.reprojection_px:.1f} pixels off on average")
+    if found.agreement < MIN_AGREEMENT:
+        reasons.append(f"between two neighbouring frames the cameras explain {found.agreement:.0%} of the matches only")
     if not bool(((fov > FOV_DEG[0]) & (fov < FOV_DEG[1])).all()):
         reasons.append(f"field of view {fov[0]:.0f} x {fov[1]:.0f} degrees, outside {FOV_DEG[0]:g} to {FOV_DEG[1]:g}")
     for what, step_S3, least in (

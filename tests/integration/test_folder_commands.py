@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,18 +12,23 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from small_training import PRESET, metrics, train  # noqa: E402
 from test_annotators import chat_model, llava  # noqa: E402
 from test_folder import FPS, K, walk  # noqa: E402
+from test_gemma import folder as gemma  # noqa: E402, F401
 
 from vgr import prepare  # noqa: E402
 from vgr.data import annotators  # noqa: E402
 from vgr.data.shards import Shards  # noqa: E402
 from vgr.data.video import write_video  # noqa: E402
 from vgr.geometry.formats import write_cameras  # noqa: E402
+from vgr.models import world_model_weights  # noqa: E402
+from vgr.models.world_model import WorldModel  # noqa: E402
+from vgr.training import checkpoints  # noqa: E402
 from vgr.types import Cameras  # noqa: E402
 
 SETTINGS = (
@@ -138,3 +144,32 @@ def test_a_model_captions_videos_without_captions(project, monkeypatch):
         folder / "told/inspect.html").read_text()
     told = vgr_prepare(folder, *words[:-1], "source.captioner=nowhere")
     assert "source.captioner=nowhere: no local folder" in told and "exit code 2" in told
+
+
+def test_weights_in_their_released_form_are_fine_tuned_on_the_folder(project, gemma):  # noqa: F811
+    """The frozen text encoder's states with the latents, then adapters on an original file of random weights."""
+    folder, _ = project
+    shutil.copytree(gemma, folder / "gemma")
+    sizes = {"in_channels": 16, "raw_frames": 4, "width": 32, "heads": 2, "layers": 2, "softmax_every": 2}
+    torch.manual_seed(0)
+    model = WorldModel(**sizes, mlp_ratio=2.0, text_width=16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    (folder / "released/dit").mkdir(parents=True)
+    _, tensors = world_model_weights.to_original(model.config, model.state_dict())
+    save_file(tensors, folder / "released/dit/sana.safetensors")
+    text = {"folder": "gemma", "prompt_config": "gemma/config.yaml", "width": 16, "length": 12, "dtype": "float32"}
+    told = vgr_prepare(folder, *[x for x in SETTINGS if not x.startswith("out=")], "source.hfov_deg=79.6", "out=cached",
+                       "text=gemma2", *(f"text.{k}={v}" for k, v in text.items()))  # fmt: skip
+    assert "exit code" not in told, told
+    preset = PRESET.replace("defaults:\n", "defaults:\n  - override /text: gemma2\n").replace(
+        "text: {width: 16, length: 16, heads: 2}", f"text: {json.dumps(text)}"
+    )
+    (folder / "own/experiments/released.yaml").write_text(preset)
+    done = train(folder, "experiments=released", "shards=cached", "data.val_clips=3", "init_from=released",
+                 "lora.rank=4", "training.max_samples=32", "training.warmup_samples=0", "every.save=32")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (folder / "runs").glob("released*/seed1")
+    kept = checkpoints.read_weights(checkpoints.latest(run / "checkpoints"), "weights")
+    assert kept and all(".lora_" in name for name in kept)  # what was released is not stored again
+    assert any(bool(value.any()) for name, value in kept.items() if "lora_B" in name)

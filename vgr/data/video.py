@@ -71,7 +71,7 @@ def _opened(video: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
                     raise ValueError(f"{name}: holds no video stream" + (" of a known kind" if stream else ""))
                 _check_size(name, stream.codec_context)
                 yield opened, stream, name
-        except (av.error.FFmpegError, EOFError) as error:
+        except (av.error.FFmpegError, EOFError, OSError) as error:  # OSError: a damaged header seeks before the start
             raise ValueError(f"{name}: cannot be decoded ({error}); is it whole, and h264 or similar?") from error
 
 

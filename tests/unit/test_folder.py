@@ -54,7 +54,7 @@ def mux(path, images, times, rate=1000, pix_fmt="yuv420p", codec="libx264", **op
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], pix_fmt
         stream.codec_context.time_base = Fraction(1, rate)
         for image, time in zip(images, times):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt, threads=1)
             frame.pts, frame.time_base = round(time * rate), Fraction(1, rate)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())

@@ -47,7 +47,8 @@ def test_streaming_equals_masked(changes, camera):
             assert same is state
             v, state = model(*part, state, commit=True)
             assert torch.equal(asked, v)
-            scale = 1e-4 if model.blocks[-1].attn.softmax_bf16 else 1e-5
+            # Chunk and whole round to bfloat16 in an order of their own, which the processor chooses: half its spacing.
+            scale = 2**-9 if model.blocks[-1].attn.softmax_bf16 else 1e-5
             torch.testing.assert_close(v, masked[:, :, start:end], atol=scale * float(masked.abs().max()), rtol=0)
             start = end
     assert state.frames == FRAMES and start == FRAMES

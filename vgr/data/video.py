@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,10 +133,10 @@ class Shown:
         if self.turns % 2:
             height, width = width, height
         scaler = self._scalers.setdefault((height, width), VideoReformatter())
-        threads = 1 if parent_process() else 0  # workers have a core each; 0: all cores
-        # Planes, which swscale makes in half the time of packed colours, bit for bit the same.
+        # Planes, which swscale makes in half the time of packed colours, bit for bit the same. One thread: several
+        # write over each other's edges now and then, eight pixels at a time.
         planes = scaler.reformat(self.frame, width, height, "gbrp", self._colours(), interpolation=_careful(),
-                                 threads=threads).planes
+                                 threads=1).planes
         g, b, r = (np.frombuffer(p, np.uint8).reshape(height, p.line_size)[:, :width] for p in planes)
         return np.ascontiguousarray(np.rot90(cv2.merge((r, g, b)), self.turns)[top : top + cut_h, left : left + cut_w])
 
@@ -295,7 +294,7 @@ def video_stream(
         def add(frames_FHWC: np.ndarray) -> None:
             for image in frames_FHWC:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation=_careful())))
+                container.mux(stream.encode(frame.reformat(format="yuv420p", interpolation=_careful(), threads=1)))
 
         yield add
         container.mux(stream.encode())

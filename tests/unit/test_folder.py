@@ -548,7 +548,7 @@ def test_broken_captions_end_in_clear_errors_only(tmp_path):
             (tmp_path / name).unlink()
 
     read()
-    assert told_of > 50 and errors > 100
+    assert told_of > 100 and errors > 100
 
 
 @pytest.mark.slow

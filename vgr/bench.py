@@ -3,6 +3,7 @@
     vgr-bench checkpoint=runs/world_model/tiny/seed1 protocol=smoke
     vgr-bench videos=folder                            # anyone's, without weights or data
     vgr-bench videos=folder shards=datasets/doom/val protocol=standard check=true
+    vgr-bench checkpoint=weights/run protocol=sana_wm_simple requests=SANA-WM-Bench/benchmark_v2_smooth_60s
 
 Making and measuring are apart, and both go on where they stopped: a video that stands and was made by the same weights,
 settings and protocol is not made again, nor measured again by the same code. part=2/8 does an eighth of both; without
@@ -12,9 +13,11 @@ part= the same command then finds all of it and writes the results.
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +28,11 @@ from vgr.command import progress
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from vgr.report.requests import Request
     from vgr.report.sets import VideoSet
 
 NEEDED = {"name", "clips", "reference", "frames", "seed", "sampling", "drift", "frechet", "frame_rate"}
-OPTIONAL = {"about", "fvd", "pose", "revisit", "shots"}
+OPTIONAL = {"about", "fvd", "pose", "published", "quality", "requests", "revisit", "shots"}
 
 
 def main() -> None:
@@ -38,43 +42,67 @@ def main() -> None:
 
 def body(cfg: DictConfig) -> None:
     """The command: conf/bench.yaml -> a set, results.json, videos.jsonl and report.html."""
+    from hydra.utils import instantiate
+
     from vgr.data.shards import Shards
     from vgr.report.sets import open_set
 
-    if (cfg.checkpoint is None) == (cfg.videos is None):
+    if cfg.checkpoint is not None and cfg.videos is not None or not (cfg.checkpoint or cfg.videos or cfg.check):
         raise ValueError("give either checkpoint=<run folder> or videos=<folder of mp4>, and not both")
     protocol = load_protocol(cfg.protocol or ("general" if cfg.videos and not cfg.shards else "smoke"))
-    generator, run_dir, videos = None, None, None
-    if cfg.checkpoint is not None:
-        from vgr.generator import Generator
-
-        generator = Generator.load(cfg.checkpoint, device=cfg.device, **protocol["sampling"])
-        run_dir = find_run(Path(cfg.checkpoint))
-        out = Path(cfg.out or (run_dir or Path(cfg.checkpoint)) / "bench" / protocol["name"])
-    else:
-        videos = open_set(cfg.videos)
-        out = Path(cfg.out or Path("runs/bench") / videos.folder.resolve().name / protocol["name"])
-    data = cfg.shards or (generator.data_info.get("val") if generator else None)
-    if generator and not data:
-        raise ValueError("shards=null and the checkpoint names no validation shards; give shards=<val shards folder>")
-    if data and protocol["frames"] is None:
-        raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave shards out or take another")
+    requests, data = _asked(cfg, protocol)
     part = re.fullmatch(r"(\d+)/(\d+)", str(cfg.part or "0/1"))
     if not part or int(part[1]) >= int(part[2]):
         raise ValueError(f"part={cfg.part}: must be i/n with i from 0 to n - 1, or null")
     weights, statistics = Path(cfg.weights), Path(cfg.statistics) if cfg.statistics else None
     if statistics and not statistics.is_dir():
         raise ValueError(f"statistics={statistics} is no folder; give the statistics/ of another run's results")
+    videos = open_set(cfg.videos) if cfg.videos else None
     if cfg.check:
-        cameras = data is not None or any(videos.folder.glob("*.cameras.npz"))
+        cameras = bool(data) or any(r.poses for r in requests or ())
+        cameras = cameras or videos is not None and any(videos.folder.glob("*.cameras.npz"))
         print("\n".join(check(protocol, weights, data, cameras, statistics)))
         return
-    device = generator.device if generator else "cpu" if cfg.device == "auto" else cfg.device
+    generator, run_dir, device = None, None, "cpu" if cfg.device == "auto" else cfg.device
+    if videos is None:
+        from vgr.generator import Generator
+
+        generator = Generator.load(cfg.checkpoint, device=cfg.device, **protocol["sampling"])
+        run_dir, device = find_run(Path(cfg.checkpoint)), generator.device
+        out = Path(cfg.out or (run_dir or Path(cfg.checkpoint)) / "bench" / protocol["name"])
+    else:
+        out = Path(cfg.out or Path("runs/bench") / videos.folder.resolve().name / protocol["name"])
+    told = {"protocol": protocol, "checkpoint": cfg.checkpoint, "videos": cfg.videos}
+    logger = instantiate(cfg.logger, _partial_=True) if cfg.logger and cfg.part is None else None
+    run = logger(out, told, job="evaluate", step="time_s") if logger else None
     page = bench(
-        protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None, run_dir=run_dir,
-        batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights, statistics=statistics, device=device,
+        protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None, requests=requests,
+        run_dir=run_dir, batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights,
+        statistics=statistics, device=device, wandb_run=run,
     )  # fmt: skip
     print(page or f"part {cfg.part} is done; the same command without part= writes the results once all are")
+
+
+def _asked(cfg: DictConfig, protocol: dict[str, Any]) -> tuple[list[Request] | None, str | None]:
+    """What a checkpoint is asked for: requests, or else the folder of shards that clips come from; nothing for videos
+    that are measured by themselves. Raises ValueError where neither or both are given."""
+    from vgr.report.requests import read_requests
+    from vgr.training import checkpoints
+
+    data, asked = cfg.shards, cfg.requests or (protocol.get("requests") and command.root() / protocol["requests"])
+    if cfg.requests and (cfg.shards or cfg.videos):
+        raise ValueError("requests= asks a checkpoint for videos without true ones; leave shards= and videos= out")
+    if data and protocol["frames"] is None:
+        raise ValueError(f"protocol={protocol['name']} measures videos by themselves; leave shards out or take another")
+    if asked and not (cfg.videos or cfg.shards):
+        return read_requests(Path(asked)), None
+    if cfg.checkpoint and not data:
+        if "requests" in protocol:
+            raise ValueError(f"protocol={protocol['name']} needs requests=<folder>: {protocol['about']}")
+        saved = checkpoints.read_state(checkpoints.resolve(Path(cfg.checkpoint)))
+        if not (data := saved["config"]["data"].get("val")):
+            raise ValueError("the checkpoint names no validation shards; give shards=<val shards folder> or requests=")
+    return None, data
 
 
 def load_protocol(name: str) -> dict[str, Any]:
@@ -99,15 +127,30 @@ def check(
 ) -> list[str]:
     """Lines saying which weights and data are there and which columns will stay empty, and why."""
     from vgr.metrics import extractors
-    from vgr.report import results
+    from vgr.report import judges, results
 
-    missing, lines = extractors.missing(weights), [f"protocol {protocol['name']}, sha256 {protocol['sha256']}"]
-    for name, (file, how) in extractors.WEIGHTS.items() if "fvd" in protocol else ():
-        lines.append(f"{name}: no {weights / file}; {how}" if name in missing else f"{name}: {weights / file} is there")
+    lines = [f"protocol {protocol['name']}, sha256 {protocol['sha256']}"]
+    asked = extractors.WEIGHTS if "fvd" in protocol else {}
+    for name, (file, how) in (asked | (judges.WEIGHTS if "quality" in protocol else {})).items():
+        there = (weights / file).exists()
+        lines.append(f"{name}: {weights / file} is there" if there else f"{name}: no {weights / file}; {how}")
     lines.append(f"true videos: {data or 'none; give shards=<val shards>'}")
     lines.append(f"cameras: {'there' if cameras else 'none; add <key>.cameras.npz'}")
     empty = results.unavailable(None, protocol, data is not None, bool(data or statistics), cameras, weights)
     return lines + [f"empty: {name}: {reason['why']}" for name, reason in empty.items()]
+
+
+def published(protocol: dict[str, Any], cells: dict[str, Any]) -> dict[str, Any] | None:
+    """The published table a protocol names (benchmarks/references), `ours` beside it in its units, column by column."""
+    if "published" not in protocol:
+        return None
+    name, table = protocol["published"]["name"], protocol["published"]["table"]
+    told = json.loads((command.root() / "benchmarks" / "references" / f"{name}.json").read_text(encoding="utf-8"))
+    rows = [row for row in told["rows"] if row["table"] == table]
+    columns = {k: c for k, c in told["columns"].items() if any(k in row["values"] for row in rows)}
+    ours = {k: c.get("scale", 1) * cells[c["ours"]]["value"] for k, c in columns.items()
+            if cells.get(c["ours"], {}).get("value") is not None}  # fmt: skip
+    return {**told, "table": table, "rows": rows, "columns": columns, "ours": ours}
 
 
 def find_run(checkpoint: Path) -> Path | None:
@@ -117,23 +160,34 @@ def find_run(checkpoint: Path) -> Path | None:
 
 def bench(
     protocol: dict[str, Any], out: Path, *, generator: Any = None, videos: VideoSet | None = None, shards: Any = None,
-    run_dir: Path | None = None, batch: int = 8, part: tuple[int, int] = (0, 1), weights: Path = Path("weights"),
-    statistics: Path | None = None, device: str = "cpu",
+    requests: list[Request] | None = None, run_dir: Path | None = None, batch: int = 8, part: tuple[int, int] = (0, 1),
+    weights: Path = Path("weights"), statistics: Path | None = None, device: str = "cpu",
+    wandb_run: Any = None,
 ) -> Path | None:  # fmt: skip
     """Make what is missing, measure all rows, write results; returns the page's path, None of one part of many.
 
     generator: a callable as vgr.generator.Generator, with its attributes; or videos: a set. shards: the validation
-    clips, matched by key (needed with a generator). part (i, n): this process's share. weights: folder of networks'
-    files; statistics: of true features' moments. Raises ValueError on input that does not fit together.
+    clips, matched by key; or requests: what a generator is asked for where there are none. part (i, n): this process's
+    share. weights: folder of networks' files; statistics: of true features' moments. wandb_run: an open W&B run that is
+    told the same and ended. Raises ValueError on input that does not fit together.
     """
     from vgr.metrics import extractors
-    from vgr.report import measure, page, results
+    from vgr.report import judges, measure, page, results
+    from vgr.report import requests as requests_
     from vgr.report import rows as rows_
+    from vgr.report.mirror import mirror
     from vgr.report.table import LABELS
 
+    networks = extractors.load(weights, protocol["fvd"]["frames"], device) if "fvd" in protocol else {}
+    judging = judges.load(weights, device) if "quality" in protocol else {}
     sets: dict[str, VideoSet] = {} if videos is None else {"model": videos}
     reference = None
-    if shards is None:
+    if requests is not None:
+        with progress(len(requests), "making videos") as done:
+            asked = requests[: protocol["clips"]]
+            sets["model"] = requests_.make_set(protocol, out, generator, asked, batch, done, part)
+        keys, frames = list(sets["model"].keys), sets["model"].info["made_by"]["frames"]
+    elif shards is None:
         keys, frames = list(videos.keys[: protocol["clips"]]), protocol["frames"]
         if frames is not None:
             frames = min(frames, *(len(videos.video(k)[0]) for k in keys))
@@ -150,16 +204,48 @@ def bench(
                 sets |= rows_.make_rows(protocol, out, generator, sets["truth"], clips, frames, batch, done, part)
             sets["frozen"] = rows_.frozen_row(out, sets["truth"], clips, frames, batch, done, part)
     sets = {name: sets[name] for name in LABELS if name in sets}
-    networks = extractors.load(weights, protocol["fvd"]["frames"], device) if "fvd" in protocol else {}
     total = len(keys) * len(sets) + (len(reference.keys) if reference else 0)
     with progress(total, "measuring") as done:
-        job = measure.Job(protocol, frames, networks, out / "measured", part, done)
+        job = measure.Job(protocol, frames, networks, judging, out / "measured", part, done)
         found = results.measure(job, sets, keys, reference, out, weights, statistics)
     if found is None:
         return None
     written = {"format": 1, **environment(), **found[0]}
+    written["published"] = published(protocol, written["rows"]["model"]["metrics"])
     results.write(out, written, found[1])
-    return page.write(out / "report.html", run_dir, written, sets)
+    path = page.write(out / "report.html", run_dir, written, sets)
+    if wandb_run is not None:
+        mirror(wandb_run, out, written, found[1], sets)
+    return path
+
+
+def bench_between(
+    record: dict[str, Any], codec: Any, val: str, name: str
+) -> Callable[[Any, Path, tuple[int, int]], dict[str, float]]:
+    """A function (module, out, part) that measures a training module's averaged weights by a protocol, on validation
+    shards, and gives bench/<metric> of what stands in the table; {} of one part of many. Raises ValueError."""
+    from vgr.data.shards import Shards
+    from vgr.generator import Generator
+    from vgr.report.table import METRICS
+
+    protocol, shards = load_protocol(name), Shards(val)
+    own = {k: v for k, v in protocol["sampling"].items() if v is not None}
+
+    def measure(module: Any, out: Path, part: tuple[int, int]) -> dict[str, float]:
+        shares = min(part[1], protocol["clips"], len(shards.keys))
+        if part[0] >= shares:
+            return {}
+        weights = f"averaged after {module.samples_seen} samples of seed {module.seed}"
+        parts, sampling = {**module.ema, "codec": codec}, {**record["sampling"], **own}
+        generator = Generator(parts, record, out.name, weights, {}, sampling, module.device.type)
+        given = {"generator": generator, "shards": shards, "part": (part[0], shares), "device": module.device.type}
+        if bench(protocol, out, **given) is None:
+            return {}
+        cells = json.loads((out / "results.json").read_text(encoding="utf-8"))["rows"]["model"]["metrics"]
+        return {f"bench/{k}": c["value"] for k, c in cells.items() if k in METRICS and METRICS[k].primary
+                and c["value"] is not None}  # fmt: skip
+
+    return measure
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vgr.diffusion.rollout import Session
-    from vgr.types import Cameras, Conditioning, Denoiser
+    from vgr.types import Cameras, Conditioning, Denoiser, VideoBatch
 
 METHODS = ("joint", "chunk_flow", "stream")
 
@@ -244,3 +244,24 @@ class Generator:
 
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def sample_writer(
+    record: dict[str, Any], codec: Any, batch: VideoBatch, seed: int, clips: int = 4
+) -> Callable[[Any, Path], None]:
+    """A function (module, path) that writes one video: held-out clips, truth left and averaged model right."""
+    from vgr.data.video import write_video
+    from vgr.types import Cameras
+
+    cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])
+    captions, shot = batch.captions[:clips], batch.shot[:clips]
+
+    def write(module: Any, path: Path) -> None:
+        parts = {**module.ema, "codec": codec}
+        generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
+        truth = generator.decoded(codec.decode, batch.latents[:clips].to(module.device))
+        made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))], shot=shot)
+        pairs = np.concatenate([truth, made], axis=3)
+        write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])  # clips below each other
+
+    return write

@@ -8,7 +8,6 @@ vgr-sample checkpoint=runs/causal_video/multi_shot_story_tiny/seed1 shots=story.
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +86,16 @@ def read_path(cfg: DictConfig, generator: Generator, file: CameraFile | None = N
     import torch
 
     from vgr.geometry.checks import check_cameras
+    from vgr.geometry.formats import follow
     from vgr.geometry.trajectories import from_actions, named_cameras
     from vgr.types import Cameras
 
     own = read_intrinsics(cfg.intrinsics, generator)
     if file is not None:
-        c2w, k = follow(file, cfg, generator, own)
+        c2w, k = follow(
+            file, generator.fps, generator.size_hw, generator.max_frames, own, name=f"cameras={cfg.cameras}",
+            scale=cfg.scale, own_lens=cfg.intrinsics is not None,
+        )  # fmt: skip
         shown = len(c2w)
     elif cfg.actions is not None:
         text = cfg.actions if isinstance(cfg.actions, str) else ",".join(map(str, cfg.actions))
@@ -144,47 +147,6 @@ def read_intrinsics(value: Any, generator: Generator) -> Tensor:
         height, width = generator.size_hw
         return from_fov(numbers[0], width / height, torch.float64)
     return torch.tensor(numbers, dtype=torch.float64)
-
-
-def follow(file: CameraFile, cfg: DictConfig, generator: Generator, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Poses (F,4,4) from the first one on and intrinsics (F,4) of a pose file, at the model's rate and picture.
-
-    Without times the file's poses are taken one a frame. Its intrinsics follow its pictures when they are cut to the
-    model's shape as a first frame is; `own` (4,) stands in where it has none or intrinsics= is given.
-    """
-    import torch
-
-    from vgr.geometry.cameras import crop_intrinsics, interpolate, relative_to_first
-    from vgr.geometry.checks import check_cameras
-    from vgr.types import Cameras
-
-    c2w, k, fps = file.c2w[0], file.intrinsics[0], generator.fps
-    if file.size_hw is not None:
-        (height, width), (h, w) = file.size_hw, generator.size_hw
-        scale = min(height / h, width / w)
-        k = crop_intrinsics(k, file.size_hw, ((height - h * scale) / 2, (width - w * scale) / 2, h * scale, w * scale))
-    if cfg.intrinsics is not None or bool(k.isnan().all()):
-        k = own.expand(len(c2w), 4)
-    try:  # before poses are taken between the file's: a bad one would get another number, or be hidden
-        check_cameras(Cameras(c2w[None], k[None]), fps, generator.size_hw)
-    except ValueError as error:
-        raise ValueError(f"cameras={cfg.cameras}: {error}") from error
-    if not isinstance(cfg.scale, (int, float)) or not math.isfinite(cfg.scale):
-        raise ValueError(f"scale={cfg.scale} must be a number, the metres of one unit of the pose file")
-    seconds = (len(c2w) - 1) / fps if file.times is None else float(file.times[-1])
-    shown = 1 + math.floor(seconds * fps + 1e-6)
-    if not 2 <= shown <= generator.max_frames:
-        raise ValueError(
-            f"cameras={cfg.cameras} holds {len(c2w)} poses over {seconds:.2f} s, {shown} frames at {fps:g} a second; "
-            f"this model makes 2 to {generator.max_frames} frames, so cut the file"
-        )
-    c2w = relative_to_first(c2w)
-    c2w[:, :3, 3] *= cfg.scale
-    if file.times is not None:
-        new = (torch.arange(shown, dtype=torch.float64) / fps).clamp(max=seconds)
-        c2w = interpolate(c2w, file.times, new)
-        k = torch.from_numpy(np.stack([np.interp(new, file.times, column) for column in k.T], axis=1))
-    return c2w, k
 
 
 def write_sample(out: Path, frames: np.ndarray, cameras: Cameras, fps: float, settings: dict[str, Any]) -> None:

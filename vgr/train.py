@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,8 +142,8 @@ def build(
     refuse_other_shards(data.train_shards, data.val_shards, cfg.training.get("objective", {}))
     if "fps" in cfg.model and cfg.model.fps != (fps := data.train_shards.manifest["fps"]):
         raise ValueError(f"model.fps={cfg.model.fps:g}, but {cfg.data.train} has {fps:g} frames a second: set it so")
-    if "fps" in cfg.model and cfg.every.sample:
-        raise ValueError(f"every.sample={cfg.every.sample}: a refiner makes no videos of its own; set it to 0")
+    if "fps" in cfg.model and (cfg.every.sample or cfg.every.bench):
+        raise ValueError("every.sample, every.bench: a refiner makes no videos of its own; set them to 0")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = cached_text(data, cfg.text) or instantiate(cfg.text)
     model = instantiate(cfg.model)
@@ -251,7 +251,9 @@ def prepare_run(
     from hydra.utils import instantiate
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+    from vgr.bench import bench_between
     from vgr.data.files import write_text
+    from vgr.generator import sample_writer
     from vgr.training import callbacks, checkpoints, tracking
 
     batches = data.val_batches(cfg.data.micro_batch)
@@ -267,7 +269,9 @@ def prepare_run(
     record = tracking.Record(run_dir / "metrics.jsonl", state["time_s"], wandb_run)
     record.rewind(module.samples_seen)
     write = sample_writer(generator, codec, batches[0], cfg.seed)
-    return callbacks.BetweenSteps(run_dir, checkpoint, record, cfg.every, cfg.keep, config, generator, batches, write)
+    measure = bench_between(generator, codec, cfg.data.val, cfg.bench) if cfg.every.bench else None
+    told = (config, generator, batches, write, measure)
+    return callbacks.BetweenSteps(run_dir, checkpoint, record, cfg.every, cfg.keep, *told)
 
 
 def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -346,30 +350,6 @@ def generator_record(
         "chunk": module.chunk,
         "sampling": OmegaConf.to_container(cfg.sampling, resolve=True),
     }
-
-
-def sample_writer(
-    record: dict[str, Any], codec: Any, batch: VideoBatch, seed: int, clips: int = 4
-) -> Callable[[callbacks.Training, Path], None]:
-    """A function (module, path) that writes one video: held-out clips, truth left and averaged model right."""
-    import numpy as np
-
-    from vgr.data.video import write_video
-    from vgr.generator import Generator
-    from vgr.types import Cameras
-
-    cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])
-    captions, shot = batch.captions[:clips], batch.shot[:clips]
-
-    def write(module: callbacks.Training, path: Path) -> None:
-        parts = {**module.ema, "codec": codec}
-        generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
-        truth = generator.decoded(codec.decode, batch.latents[:clips].to(module.device))
-        made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))], shot=shot)
-        pairs = np.concatenate([truth, made], axis=3)
-        write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])  # clips below each other
-
-    return write
 
 
 def preset_table() -> str:

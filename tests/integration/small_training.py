@@ -41,7 +41,8 @@ def clip(i):
     return latents, c2w
 
 
-def write_shards(folder, split, clips, fingerprint, poison=()):
+def write_shards(folder, split, clips, fingerprint, poison=(), video=None):
+    """video: latents to an mp4's bytes that are kept beside them."""
     from vgr.data.shards import ShardWriter
 
     start = 0 if split == "train" else 10_000
@@ -52,7 +53,8 @@ def write_shards(folder, split, clips, fingerprint, poison=()):
             latents, c2w = clip(i)
             if i in poison:
                 latents = latents * np.nan
-            writer.add(f"{split}{i}", latents.astype(np.float16), c2w, intrinsics, {**meta, "split": split})
+            kept = {} if video is None else {"video": video(latents.astype(np.float32))}
+            writer.add(f"{split}{i}", latents.astype(np.float16), c2w, intrinsics, {**meta, "split": split}, **kept)
 
 
 def make_project(folder: Path, poison=()) -> Path:

@@ -507,3 +507,183 @@ def test_settings_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, words
     with pytest.raises(SystemExit):
         bench_.main()
     assert told in capsys.readouterr().err
+
+
+def judges_of(world):
+    """Judges with a known answer: distance of mean colours; colours as features; captions told by their length."""
+    from vgr.report.judges import Judge
+
+    def colours(frames):
+        return frames.mean((1, 2)) + 1.0
+
+    return {
+        "lpips": Judge({"sha256": "aa"}, lambda a, b: np.abs(colours(a) - colours(b)).mean(1) / 255),
+        "dino": Judge({"sha256": "bb"}, colours),
+        "clip": Judge({"sha256": "cc"}, colours, lambda texts: np.array([[1.0, len(t), 0.0] for t in texts])),
+    }
+
+
+def test_frames_are_judged_where_a_protocol_asks_and_weights_or_features_are_there(world, tmp_path, monkeypatch):
+    from vgr.report import judges
+
+    monkeypatch.setattr(judges, "load", lambda folder, device: judges_of(world))
+    protocol = {**PROTOCOL, "clips": 4, "quality": {"clip_per_s": 2.0}}
+    bench_.bench(protocol, tmp_path, generator=Turner(), shards=world)
+    found = json.loads((tmp_path / "results.json").read_text())
+    cells = {row: x["metrics"] for row, x in found["rows"].items()}
+    assert cells["codec"]["lpips"]["value"] < cells["model"]["lpips"]["value"] and "lpips" not in cells["truth"]
+    still, real = (cells[row]["temporal_flickering"]["value"] for row in ("frozen", "truth"))
+    assert still == pytest.approx(1, abs=1e-3) and real < 0.99  # to what the mp4's encoder makes of a still
+    assert cells["frozen"]["subject_consistency"]["value"] == pytest.approx(1, abs=1e-6)
+    assert cells["codec"]["ssim_uniform"]["value"] > cells["frozen"]["ssim_uniform"]["value"]
+    for name in ("ssim_uniform", "background_consistency", "clip_score", "clip_score_other"):
+        assert cells["model"][name]["count"] == 4, name
+    why = found["unavailable"]["imaging_quality"]["why"]
+    assert "no features" in why and "vbench_quality" in found["unavailable"] and "lpips" not in found["unavailable"]
+    # Features beside the videos fill what no network of ours gives, and are measured anew when they change.
+    for key in found["clips"]:
+        rest = {"interpolated": np.zeros((12, H, W, 3), np.uint8), "flow": np.full(24, 2.0)}
+        rest |= {"aesthetic": np.full(FRAMES, 5.0), "imaging": np.full(FRAMES, 70.0)}
+        np.savez(tmp_path / "model" / f"{key}.features.npz", **rest)
+    page = bench_.bench(protocol, tmp_path, generator=Turner(), shards=world)
+    cells = json.loads((tmp_path / "results.json").read_text())["rows"]["model"]["metrics"]
+    assert cells["imaging_quality"]["value"] == 0.7 and cells["dynamic_degree"]["value"] == 1
+    assert cells["vbench_quality"]["count"] == 4 and "VBench quality" in page.read_text()
+    np.savez(tmp_path / "model" / f"{found['clips'][0]}.features.npz", flow=np.full(3, np.nan))
+    with pytest.raises(ValueError, match="features.npz: features flow .3,.: known, finite"):
+        bench_.bench(protocol, tmp_path, generator=Turner(), shards=world)
+
+
+def bench_folder(folder, keys, yaw):
+    """A split of SANA-WM-Bench in its published layout, small."""
+    export = folder / "benchmark_v2_smooth_60s" / "sanawm_export_v2"
+    export.mkdir(parents=True)
+    (folder / "images").mkdir()
+    pixels = np.array([[FX * 2 * W, 0, W], [0, FX * 2 * W, H], [0, 0, 1.0]])
+    for i, key in enumerate(keys):
+        image = cv2.resize(view(wall(i), 0.0), (2 * W, 2 * H), interpolation=cv2.INTER_NEAREST)
+        cv2.imwrite(str(folder / "images" / f"{key}.png"), image[..., ::-1])
+        np.savez(export / f"{key}.npz", c2w=turning(yaw), intrinsics=np.tile(pixels, (len(yaw), 1, 1)),
+                 fps=2 * FPS, num_frames=len(yaw))  # fmt: skip
+    rows = [json.dumps({"id": key, "prompt": f"a wall <{key}>"}) + "\n" for key in keys]
+    (export / "run_manifest.jsonl").write_text("".join(rows))
+    return export.parent
+
+
+class Steered(Turner):
+    """A generator that takes cameras, one chunk-causal latent frame at a time."""
+
+    chunk, takes_cameras, intrinsics, max_frames = 1, True, [FX, FX * W / H, 0.5, 0.5], FRAMES
+
+
+def test_requests_in_the_published_layout_are_made_measured_and_set_beside_what_is_published(tmp_path):
+    from vgr.report.requests import read_requests
+
+    split = bench_folder(tmp_path / "bench", ["s1", "s2", "s3"], 0.01 * np.arange(2 * FRAMES - 1))
+    requests = read_requests(split)
+    assert [r.key for r in requests] == ["s1", "s2", "s3"] and requests[0].captions == ("a wall <s1>",)
+    protocol = {**PROTOCOL, "frames": FRAMES, "published": {"name": "sana_wm_bench", "table": "simple"},
+                "quality": {"clip_per_s": 1.0}}  # fmt: skip
+    generator = Steered()
+    page = bench_.bench(protocol, tmp_path / "out", generator=generator, requests=requests)
+    made = open_set(tmp_path / "out" / "model")
+    c2w, intrinsics = made.cameras("s1", None)
+    # Poses 16 a second come to the model's 8; intrinsics in source pixels to shares of the picture.
+    np.testing.assert_allclose(yaw_of(c2w), 0.02 * np.arange(FRAMES), atol=1e-6)
+    np.testing.assert_allclose(intrinsics[0], [FX, FX * W / H, 0.5, 0.5], atol=1e-6)
+    first, truth = made.video("s2", FRAMES)[0][0], view(wall(1), 0.0)
+    assert psnr(first[None], truth[None])[0] > 20
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["rows"]["model"]["metrics"]["frames_per_s"]["count"] == 2
+    beside = found["published"]
+    assert beside["table"] == "simple" and any(r["system"] == "SANA-WM" for r in beside["rows"])
+    flicker = next(k for k, c in beside["columns"].items() if c["ours"] == "temporal_flickering")
+    cell = found["rows"]["model"]["metrics"]["temporal_flickering"]
+    assert beside["ours"][flicker] == pytest.approx(100 * cell["value"])
+    html = page.read_text()
+    assert "Beside what is published" in html and "Measured here" in html and "a wall &lt;s1&gt;" in html
+    count = len(generator.made)
+    bench_.bench(protocol, tmp_path / "out", generator=generator, requests=requests)
+    assert len(generator.made) == count  # what stands is not made again
+    bench_.bench(protocol, tmp_path / "out", generator=Steered("bb"), requests=requests)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["made_by"]["weights"] == "bb"
+
+
+def test_stories_share_their_frames_and_cut_where_chunks_begin(tmp_path):
+    from vgr.report.requests import read_requests
+
+    class Director(Steered):
+        takes_cameras, chunk = False, 1
+
+        def __call__(self, first, cameras, captions, seeds, progress=None, watch=None, shot=None):
+            self.asked = captions, shot, first
+            return super().__call__(np.zeros((len(captions), H, W, 3), np.uint8), cameras, captions, seeds, watch=watch)
+
+    path = tmp_path / "stories.json"
+    told = [{"key": f"k{i}", "shots": [f"shot {i} {n}" for n in range(3)]} for i in range(2)]
+    path.write_text(json.dumps({"prompts": told}))
+    director = Director()
+    bench_.bench({**PROTOCOL, "frames": 999, "shots": {}}, tmp_path / "out", generator=director,
+                 requests=read_requests(path))  # fmt: skip
+    captions, shot, first = director.asked
+    assert first is None and captions[0] == ("shot 0 0", "shot 0 1", "shot 0 2") or captions[0][0] == "shot 1 0"
+    assert shot[0].tolist() == [0, 0, 0, 1, 1, 2, 2]  # 6 chunks after the first frame, two a shot
+    info = json.loads((tmp_path / "out" / "model" / "set.json").read_text())
+    assert info["cuts"]["k0"] == [9, 17] and info["captions"]["k1"][2] == "shot 1 2"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"]["model"]["metrics"]["sca"]["count"] == 2
+    many = [{"key": "k", "shots": [str(n) for n in range(7)]}]
+    path.write_text(json.dumps({"prompts": many}))
+    with pytest.raises(ValueError, match="7 shots in 25 frames: turner has 6 chunks there"):
+        bench_.bench(PROTOCOL, tmp_path / "more", generator=director, requests=read_requests(path))
+
+
+@pytest.mark.parametrize(("make", "told"), [
+    (lambda p: p / "none", "does not exist"),
+    (lambda p: p, "holds no <key>.caption.txt"),
+    (lambda p: [(p / "a.json").write_text("[1]"), p / "a.json"][1], "must hold"),
+])  # fmt: skip
+def test_requests_that_are_none_are_told_apart(tmp_path, make, told):
+    from vgr.report.requests import read_requests
+
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        read_requests(make(tmp_path))
+
+
+def test_a_folder_of_requests_needs_what_the_model_takes(tmp_path):
+    from vgr.report.requests import read_requests
+
+    (tmp_path / "a.caption.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.caption.txt").write_text("three\n")
+    np.savez(tmp_path / "b.npz", c2w=turning(np.zeros(9)))
+    requests = read_requests(tmp_path)
+    assert requests[0][1:] == (("one", "two"), None, None) and requests[1].poses == tmp_path / "b.npz"
+    with pytest.raises(ValueError, match="requests: a has no poses, but turner takes cameras"):
+        bench_.bench(PROTOCOL, tmp_path / "out", generator=Steered(), requests=requests)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_results_stand_in_an_offline_wandb_run_number_by_number(world, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from vgr.training.tracking import start_wandb
+
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing may be reached, and nothing is missed
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = start_wandb(tmp_path, {"protocol": PROTOCOL}, "vgr", None, "offline", job="evaluate", step="time_s")
+    files, summary, finish = tmp_path / "wandb", {}, run.finish
+    monkeypatch.setattr(run, "finish", lambda: (summary.update(dict(run.summary)), finish()))
+    bench_.bench({**PROTOCOL, "clips": 3}, tmp_path, generator=Turner(), shards=world, wandb_run=run)
+    found = json.loads((tmp_path / "results.json").read_text())
+    lines = [json.loads(x) for x in (tmp_path / "videos.jsonl").read_text().splitlines()]
+    assert list(files.glob("offline-run-*/run-*.wandb"))
+    table = json.loads(next(files.rglob("*.table.json")).read_text())
+    assert len(table["data"]) == len(lines) == 3 * len(found["rows"])
+    column = {name: i for i, name in enumerate(table["columns"])}
+    for told, line in zip(table["data"], lines):
+        assert (told[column["row"]], told[column["key"]]) == (line["row"], line["key"])
+        assert all(told[column[k]] == v for k, v in line.items()) and told[column["video"]] is not None
+    for row, cells in found["rows"].items():
+        for name, cell in cells["metrics"].items():
+            if cell["value"] is not None:
+                assert summary[f"{row}/{name}"] == pytest.approx(cell["value"]), (row, name)
+    assert summary["time_s"] == max(max(c["times_s"]) for c in found["curves"].values())

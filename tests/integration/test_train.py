@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from small_training import make_project, metrics, train
+from small_training import CODEC, make_project, metrics, train, write_shards
 
 from vgr.training import checkpoints
 
@@ -142,3 +142,39 @@ def test_without_wandb_the_line_says_so(trained, monkeypatch):
     done = train(folder, "training.max_samples=16", "logger=wandb")
     assert done.returncode == 2 and "logger=wandb needs the wandb package" in done.stderr
     assert train(folder, "training.max_samples=16").returncode == 0
+
+
+def test_a_protocol_is_measured_between_steps_and_changes_nothing(tmp_path):
+    from vgr.data.video import encode_video
+    from vgr.models.codec import CosineCodec
+
+    folder, codec = make_project(tmp_path), CosineCodec(**CODEC)
+    shutil.rmtree(folder / "shards" / "val")
+    kept = {"video": lambda latents: encode_video(codec_frames(codec, latents), 8.0)}
+    write_shards(folder / "shards", "val", 8, codec.fingerprint, **kept)
+    protocol = {"name": "between", "clips": 3, "reference": 4, "frames": 17, "seed": 0, "sampling": {"steps": 1},
+                "drift": {"window_s": 0.5}, "frechet": {"window_frames": 9, "draws": 4},
+                "frame_rate": {"warmup": 0, "requests": 1}}  # fmt: skip
+    (folder / "between.json").write_text(json.dumps(protocol))
+    words = ["training.max_samples=24", "every.bench=16", "bench=between.json"]
+    plain, told = train(folder, words[0]), train(folder, *words, "runs=measured")
+    assert plain.returncode == told.returncode == 0, told.stderr[-2000:]
+    run = folder / "measured/mini--training.max_samples-24/seed1"
+    assert sorted(p.name for p in (run / "bench").iterdir()) == ["00000016", "00000024"]
+    found = json.loads((run / "bench" / "00000024" / "results.json").read_text())
+    lines = [line for line in metrics(run) if "bench/psnr_db" in line]
+    assert [line["samples_seen"] for line in lines] == [16, 24]
+    assert lines[1]["bench/psnr_db"] == found["rows"]["model"]["metrics"]["psnr_db"]["value"]
+    assert (run / "bench" / "00000016" / "report.html").is_file()
+    ours, theirs = (
+        checkpoints.read_weights(checkpoints.latest(folder / runs / run.parent.name / "seed1/checkpoints"), "weights")
+        for runs in ("runs", "measured")
+    )
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    refused = train(folder, "training.max_samples=24", "every.bench=16", "bench=none", "runs=other")
+    assert refused.returncode == 2 and "protocol=none does not exist" in refused.stderr
+
+
+def codec_frames(codec, latents):
+    video = codec.decode(torch.from_numpy(latents).float()[None])[0].clamp(-1, 1)
+    return ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()

@@ -29,7 +29,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "pytorch_lightning": {"training", "data/modules", *COMMANDS},
     "hydra": COMMANDS,
-    "wandb": {"training/tracking"},
+    "wandb": {"training/tracking", "report/mirror"},
     "vizdoom": {"data/doom"},
     "pycolmap": {"geometry/reconstruct"},
     "torch.distributed": {"parallel", "training", "metrics"},

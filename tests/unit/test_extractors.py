@@ -103,7 +103,7 @@ def test_videomae_gives_what_its_classifier_sees(videomae):
 def test_folders_without_a_classifier_are_refused_by_name(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no VideoMAE classifier"):
+    with pytest.raises(ValueError, match="holds no VideoMAEForVideoClassification"):
         load_videomae(tmp_path)
 
 

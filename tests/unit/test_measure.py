@@ -20,7 +20,7 @@ def room():
 
 
 def structure(video, paths, cuts=(), **settings):
-    job = Job({"pose": {**POSE, **settings}}, FRAMES, {}, None, (0, 1), lambda n: None)
+    job = Job({"pose": {**POSE, **settings}}, FRAMES, {}, {}, None, (0, 1), lambda n: None)
     return _structure(job, Video("a", {}, lambda: video, len(video), FPS, list(cuts)), paths)
 
 

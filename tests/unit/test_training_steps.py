@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from vgr.data.shards import Sample
-from vgr.generator import Generator
+from vgr.generator import Generator, sample_writer
 from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.text import ByteTextEncoder
 from vgr.models.world_model import WorldModel
-from vgr.train import sample_writer
 from vgr.training import teacher_paths
 from vgr.training.callbacks import BetweenSteps
 from vgr.training.self_forcing import SelfForcing
@@ -99,6 +98,27 @@ def test_a_signal_to_another_rank_stops_this_one_after_the_same_save(tmp_path, m
     told, module.samples_seen = True, 16
     steps.on_train_batch_end(trainer, module)
     assert saved == [module] and trainer.should_stop and steps.signal == signal.SIGTERM
+
+
+def test_ranks_measure_their_shares_and_the_first_tells_of_all_of_them(tmp_path):
+    every = dict.fromkeys(("log", "validate", "sample", "save"), 0) | {"bench": 16}
+    told, events = [], []
+    module = SimpleNamespace(samples_seen=16, global_batch=8, max_samples=80, step=2, last_step={"train/loss": 1.0})
+    record = SimpleNamespace(log=lambda values, seen: told.append((values, seen)))
+
+    def bench(module, out, part):
+        events.append((out.name, part))
+        return {"bench/psnr_db": 20.0} if part == (0, 1) else {}
+
+    for rank in (1, 0):
+        strategy = SimpleNamespace(reduce_boolean_decision=lambda own, all: own, barrier=events.append)
+        trainer = SimpleNamespace(strategy=strategy, is_global_zero=rank == 0, global_rank=rank, world_size=2)
+        steps = BetweenSteps(tmp_path, None, record, every, 2, {}, {}, (), None, bench)
+        steps._seen, steps._time, steps._show = 8, 0.0, lambda module: None
+        steps.on_train_batch_end(trainer, module)
+    whole = [("00000016", (0, 1))]
+    shares = [[("00000016", (rank, 2)), "shares measured", *extra, "measured"] for rank, extra in ((1, []), (0, whole))]
+    assert events == shares[0] + shares[1] and told == [({"step": 2, "bench/psnr_db": 20.0}, 16)]
 
 
 def _record():

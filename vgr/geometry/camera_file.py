@@ -92,7 +92,7 @@ def arrays(path: Path, wanted: set[str], dtype: type | None = None) -> dict[str,
             there = wanted & {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
             return {name: np.asarray(read_npy(unpacked(archive, f"{name}.npy")), dtype) for name in there}
     except UNREADABLE as error:
-        raise ValueError(f"{path}: no npz of cameras that can be read ({error})") from error
+        raise ValueError(f"{path}: no npz that can be read ({error})") from error
 
 
 def unpacked(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.spatial.transform import Rotation
+from torch import Tensor
 
 from vgr.geometry.camera_file import (
     Array,
@@ -42,6 +44,8 @@ from vgr.geometry.camera_file import (
     square,
     text,
 )  # fmt: skip
+from vgr.geometry.cameras import crop_intrinsics, interpolate, relative_to_first
+from vgr.geometry.checks import check_cameras
 from vgr.geometry.colmap_files import read_colmap, write_colmap
 from vgr.types import Cameras
 
@@ -81,6 +85,45 @@ def write_cameras(
     if format not in ("kitti", "tum") and not np.isfinite(k).all():
         raise ValueError(f"{format} holds intrinsics and these are not finite; kitti and tum hold poses only")
     _WRITERS[format](path, c2w, k, fps, size_hw)
+
+
+def follow(
+    file: CameraFile, fps: float, size_hw: tuple[int, int], longest: int, own: Tensor, *, name: str, scale: float = 1.0,
+    own_lens: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Poses (F,4,4) from the first one on and intrinsics (F,4) of a pose file, at another rate and picture size.
+
+    Without times the file's poses are taken one a frame. Its intrinsics follow its pictures when they are cut to the
+    shape of size_hw as a first frame is; `own` (4,) stands in where it has none or own_lens. scale: metres of a unit.
+    longest: frames at most. ValueError beginning with `name` for what cannot be followed.
+    """
+    c2w, k = file.c2w[0], file.intrinsics[0]
+    if file.size_hw is not None:
+        (height, width), (h, w) = file.size_hw, size_hw
+        ratio = min(height / h, width / w)
+        k = crop_intrinsics(k, file.size_hw, ((height - h * ratio) / 2, (width - w * ratio) / 2, h * ratio, w * ratio))
+    if own_lens or bool(k.isnan().all()):
+        k = own.expand(len(c2w), 4)
+    try:  # before poses are taken between the file's: a bad one would get another number, or be hidden
+        check_cameras(Cameras(c2w[None], k[None]), fps, size_hw)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be a number, the metres of one unit of the pose file")
+    seconds = (len(c2w) - 1) / fps if file.times is None else float(file.times[-1])
+    shown = 1 + math.floor(seconds * fps + 1e-6)
+    if not 2 <= shown <= longest:
+        raise ValueError(
+            f"{name} holds {len(c2w)} poses over {seconds:.2f} s, {shown} frames at {fps:g} a second; "
+            f"this model makes 2 to {longest} frames, so cut the file"
+        )
+    c2w = relative_to_first(c2w)
+    c2w[:, :3, 3] *= scale
+    if file.times is not None:
+        new = (torch.arange(shown, dtype=torch.float64) / fps).clamp(max=seconds)
+        c2w = interpolate(c2w, file.times, new)
+        k = torch.from_numpy(np.stack([np.interp(new, file.times, column) for column in k.T], axis=1))
+    return c2w, k
 
 
 def _pixels(k: Array, size_hw: tuple[int, int]) -> Array:

@@ -80,23 +80,12 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
     Raises ValueError naming what does not fit.
     """
     import torch
-    from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+    from transformers import VideoMAEForVideoClassification
 
-    try:
-        config = VideoMAEConfig.from_pretrained(folder, local_files_only=True)
-        network, told = VideoMAEForVideoClassification.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
-            output_loading_info=True,
-        )  # fmt: skip
-        if random := sorted(k for k in told["missing_keys"] if not k.startswith("classifier.")):
-            raise ValueError(f"{len(random)} tensors are missing: {random[:3]}")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no VideoMAE classifier ({str(error).splitlines()[0]}); "
-                         f"{WEIGHTS['fd_videomae'][1]}") from error
-    network.classifier = torch.nn.Identity()
-    network = network.to(device).eval()
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    network, digest = pretrained(
+        VideoMAEForVideoClassification, folder, WEIGHTS["fd_videomae"][1], device, spare="classifier."
+    )
+    network.classifier, config = torch.nn.Identity(), network.config
     mean, sd = (torch.tensor(x, device=device)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     side = config.image_size
 
@@ -112,6 +101,26 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
     about = {"extractor": "videomae", "sha256": digest, "frames": config.num_frames,
              "resize": f"antialiased bicubic {side}x{side}"}  # fmt: skip
     return Extractor(config.num_frames, about, features)
+
+
+def pretrained(
+    kind: Any, folder: Path, how: str, device: str, spare: str = "no.", **settings: Any
+) -> tuple[Any, str]:
+    """A network of transformers and its file's sha256; tensors called `spare`... may be missing. ValueError names what
+    does not fit and `how` to get it."""
+    import torch
+
+    try:
+        network, told = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            **settings,
+        )  # fmt: skip
+        if random := sorted(k for k in told["missing_keys"] if not k.startswith(spare)):
+            raise ValueError(f"{len(random)} tensors are missing: {random[:3]}")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no {kind.__name__} ({str(error).splitlines()[0]}); {how}") from error
+    with (folder / "model.safetensors").open("rb") as file:
+        return network.to(device).eval(), hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def clip_of(

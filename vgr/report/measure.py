@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from vgr.data.files import write_text
 from vgr.data.filters import Meter
 from vgr.data.video import iter_video
+from vgr.geometry.camera_file import arrays
 from vgr.metrics import drift as drift_
-from vgr.metrics import features, image, shots
+from vgr.metrics import features, image, shots, vbench
 from vgr.metrics.extractors import Extractor, clip_of
 from vgr.metrics.revisit import measure_revisit
+from vgr.report.judges import Judge
 from vgr.report.sets import VideoSet, fingerprint
 from vgr.report.table import FD, POSE_ERRORS
 from vgr.seeding import derive_seed
@@ -45,12 +47,13 @@ class Measured(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What all videos of a run share: protocol, frames measured (None: each video whole), extractors by metric, folder
-    of what is measured already, part (i of n, from 0) and done(n)."""
+    """What all videos of a run share: protocol, frames measured (None: each video whole), extractors by metric, judges
+    of frames by name, folder of what is measured already, part (i of n, from 0) and done(n)."""
 
     protocol: dict[str, Any]
     frames: int | None
     extractors: Mapping[str, Extractor]
+    judges: Mapping[str, Judge]
     kept: File
     part: tuple[int, int]
     done: Callable[[int], None]
@@ -78,14 +81,16 @@ def measure_set(
     alone. Raises ValueError when sizes differ from the truth's.
     """
     settings = {"protocol": job.protocol["sha256"], "frames": job.frames, "code": _code(),
-                "weights": {name: x.about for name, x in job.extractors.items()}}  # fmt: skip
+                "weights": {name: x.about for name, x in {**job.extractors, **job.judges}.items()}}  # fmt: skip
 
     def one(index: int) -> Measured:
         key, info = keys[index], videos.info
         own = (paths or {}).get(key, ())
-        data = [(s.folder / f"{key}.mp4").read_bytes() for s in (videos, truth) if s is not None]
+        files = [s.folder / f"{key}.mp4" for s in (videos, truth) if s is not None]
+        given = videos.folder / f"{key}.features.npz"
+        data = [x.read_bytes() for x in (*files, given) if x != given or x.is_file()]
         told: list[Any] = [hashlib.sha256(x).hexdigest() for x in (*data, *(a.tobytes() for p in own for a in p))]
-        told += [info.get("fps"), info.get("chunk_starts"), info.get("cuts", {}).get(key)]
+        told += [info.get("fps"), info.get("chunk_starts"), *(info.get(k, {}).get(key) for k in ("cuts", "captions"))]
         mark, place = fingerprint({**settings, "inputs": told}), job.kept / row / f"{key}.json"
         found = _read(place, key, mark)
         if found is None:
@@ -116,7 +121,7 @@ def _read(place: File, key: str, mark: str) -> Measured | None:
 def _code() -> str:
     """A hash of the code that measures: numbers of other code are measured again."""
     here = File(__file__)
-    files = [*sorted((here.parents[1] / "metrics").glob("*.py")), here]
+    files = [*sorted((here.parents[1] / "metrics").glob("*.py")), here.with_name("judges.py"), here]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
@@ -146,6 +151,12 @@ def _measure(
             )
         values["psnr_db"] = float(image.psnr(video[1:], true[1:]).mean())
         values["ssim"] = float(image.ssim(video[1:], true[1:]).mean())
+        if "quality" in job.protocol:
+            values["ssim_uniform"] = float(image.ssim(video[1:], true[1:], uniform=True).mean())
+        if "lpips" in job.judges:
+            values["lpips"] = float(job.judges["lpips"].frames(video[1:], true[1:]).mean())
+    if "quality" in job.protocol:
+        values |= _quality(job, videos, key, video, fps)
     for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
         values.update({prefix + k: v for k, v in scores.items()})
     more, estimate = _structure(job, seen, paths)
@@ -159,6 +170,30 @@ def _measure(
     if row == "truth":  # the control of distances' sense of time
         table |= {f"shuffled {name}": x for name, x in all_features(job, video, shuffle=chance).items()}
     return Measured(key, values, trend, table)
+
+
+def _quality(job: Job, videos: VideoSet, key: str, video: Frames, fps: float) -> dict[str, float]:
+    """VBench's dimensions and the CLIP score, 100 x cosine of frames and their shot's caption, at least 0: as far as
+    judges or the features beside the video allow; the control is the next video's captions."""
+    place, info = videos.folder / f"{key}.features.npz", videos.info
+    given = arrays(place, set(vbench.SHAPES)) if place.is_file() else {}
+    made = {"subject": "dino", "background": "clip"}
+    given |= {k: job.judges[by].frames(video) for k, by in made.items() if by in job.judges and k not in given}
+    try:
+        values = vbench.scores(video, given)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    captions, names = info.get("captions", {}), info.get("clips", [])
+    if "clip" in job.judges and key in captions:
+        at = np.arange(0, len(video), max(1, round(fps / job.protocol["quality"]["clip_per_s"])))
+        shot = np.searchsorted(info.get("cuts", {}).get(key, []), at, side="right")
+        other = captions[names[(names.index(key) + 1) % len(names)]]
+        seen = job.judges["clip"].frames(video[at])
+        for name, told in (("clip_score", captions[key]), ("clip_score_other", other)):
+            text = job.judges["clip"].text(list(told))[np.minimum(shot, len(told) - 1)]
+            cosine = (seen * text).sum(1) / (np.linalg.norm(seen, axis=1) * np.linalg.norm(text, axis=1))
+            values[name] = float(100 * cosine.clip(0).mean())
+    return values
 
 
 def _scan(frames: Iterable[tuple[Frames, float]], find_cuts: bool) -> tuple[int, float, list[int]]:

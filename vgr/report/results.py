@@ -10,8 +10,8 @@ from typing import Any
 from vgr.data.files import atomic, write_json, write_text
 from vgr.metrics import extractors, features, frame_rate
 from vgr.metrics.fvd import Moments
+from vgr.report import judges, summary
 from vgr.report import measure as m
-from vgr.report import summary
 from vgr.report.sets import VideoSet, timings
 from vgr.report.table import FD, LABELS, METRICS, NEEDS
 
@@ -115,10 +115,11 @@ def unavailable(
 ) -> dict[str, dict[str, str]]:
     """Why a metric has no value and what would give it one: its first need that is not met. cells None: before
     measuring, as far as that is known then."""
-    met = {"truth": truth, "reference": reference, "cameras": cameras, "networks": "fvd" in protocol, "lpips": False,
-           "mapping": "pose" in protocol, "returns": "revisit" in protocol,
+    met = {"truth": truth, "reference": reference, "cameras": cameras, "networks": "fvd" in protocol,
+           "quality": "quality" in protocol, "mapping": "pose" in protocol, "returns": "revisit" in protocol,
            "pycolmap": importlib.util.find_spec("pycolmap") is not None}  # fmt: skip
-    missing, told = extractors.missing(weights), NEEDS["before"] | ({} if cells is None else NEEDS["after"])
+    missing = extractors.missing(weights) | judges.missing(weights)
+    told = NEEDS["before"] | ({} if cells is None else NEEDS["after"])
     found = {}
     for name in (name for name in METRICS if name not in (cells or {})):
         for need in METRICS[name].needs:

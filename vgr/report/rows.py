@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from vgr.data.shards import latent_shots
 from vgr.metrics import frame_rate
 from vgr.report.sets import Clip, Frames, VideoSet, fill_set, fingerprint, timings
 from vgr.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vgr.types import Cameras
 
 Done = Callable[[int], None]
 
@@ -71,10 +76,6 @@ def make_rows(
     generator: see vgr.generator.Generator. Clip i draws its noise from (protocol seed, "bench", i) in both rows
     of the model; its swapped camera is that of the clip half the list further.
     """
-    import torch
-
-    from vgr.types import Cameras
-
     fps = float(truth.info["fps"])
     number = {c.key: i for i, c in enumerate(clips)}
     mine = clips[part[0] :: part[1]]
@@ -85,13 +86,9 @@ def make_rows(
 
     def generate(group: list[Clip], watch: frame_rate.Watch | None = None) -> tuple[Frames, dict[str, float]]:
         first = np.stack([truth.video(c.key)[0][0] for c in group])
-        c2w, intrinsics = (torch.from_numpy(np.stack([getattr(c, name)[:frames] for c in group])).float()
-                           for name in ("c2w", "intrinsics"))  # fmt: skip
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
-        latents = 1 + (frames - 1) // generator.stride
-        shot = torch.from_numpy(np.stack([latent_shots(c.starts, latents, generator.stride) for c in group]))
-        texts = tuple(c.captions for c in group)
-        return generator(first, Cameras(c2w, intrinsics), texts, seeds, watch=watch, shot=shot)
+        cut = [c._replace(c2w=c.c2w[:frames], intrinsics=c.intrinsics[:frames]) for c in group]
+        return generator(first, *asked_of(cut), seeds, watch=watch, shot=shots_of(cut, generator))
 
     source = {"codec": generator.codec.fingerprint, "truth": truth.info["fingerprint"], "frames": frames}
     by = {**source, "name": generator.name, "weights": generator.weights_hash, "sampling": generator.sampling,
@@ -107,14 +104,42 @@ def make_rows(
         told = {} if row == "codec" else {"chunk_starts": _chunk_starts(generator, frames)}
         given = out / row, {**made_by, "row": row}, fps, asked, make
         rows[row] = fill_set(*given, batch=batch, part=part, told=told, done=done)
-    info, speed = rows["model"].info, protocol["frame_rate"]
-    if part[0] == 0 and not timings(out / "model", info):
-        calls = [lambda watch, c=c: generate([c], watch) for c in mine[: speed["requests"]]]
-        found = frame_rate.measure_requests(calls, speed["warmup"])
-        if starts := told["chunk_starts"]:
-            found[0]["control_latency_s"] = _control_latency(generate, clips[0], others[0], starts[0])
-        write_json(out / "model" / "timings.json", {"fingerprint": info["fingerprint"], "timings": found})
+    if part[0] == 0:
+        starts = told["chunk_starts"]
+        steered = (lambda: _control_latency(generate, clips[0], others[0], starts[0])) if starts else None
+        time_requests(protocol, rows["model"], [lambda watch, c=c: generate([c], watch) for c in mine], steered)
     return rows
+
+
+def asked_of(clips: list[Clip]) -> tuple[Cameras, tuple[tuple[str, ...], ...]]:
+    """Cameras and captions of clips of one length, as a generator takes them."""
+    import torch
+
+    from vgr.types import Cameras
+
+    both = (torch.from_numpy(np.stack([getattr(c, name) for c in clips])).float() for name in ("c2w", "intrinsics"))
+    return Cameras(*both), tuple(c.captions for c in clips)
+
+
+def shots_of(clips: list[Clip], generator: Any) -> Tensor:
+    """The shot (B,T) of each latent frame of clips of one length."""
+    import torch
+
+    latents = 1 + (len(clips[0].c2w) - 1) // generator.stride
+    return torch.from_numpy(np.stack([latent_shots(c.starts, latents, generator.stride) for c in clips]))
+
+
+def time_requests(
+    protocol: dict[str, Any], made: VideoSet, calls: list[Callable[..., Any]], steered: Callable[[], Any] | None = None
+) -> None:
+    """Measure the speed of calls(watch), once a set, into its timings.json; steered: gives the control latency."""
+    speed = protocol["frame_rate"]
+    if timings(made.folder, made.info):
+        return
+    found = frame_rate.measure_requests(calls[: speed["requests"]], speed["warmup"])
+    if steered is not None:
+        found[0]["control_latency_s"] = steered()
+    write_json(made.folder / "timings.json", {"fingerprint": made.info["fingerprint"], "timings": found})
 
 
 def _control_latency(generate: Callable[..., Any], clip: Clip, other: Clip, start: int) -> float | None:

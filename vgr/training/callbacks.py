@@ -57,9 +57,10 @@ def _optimizers(module: Training) -> list[torch.optim.Optimizer]:
 class BetweenSteps(pl.Callback):
     """Restores `checkpoint` at the start; after each optimizer step does what is due, the save last.
 
-    every: samples between two of each of log, validate, sample, save; the last step also validates, in any
+    every: samples between two of each of log, validate, sample, bench, save; the last step also validates, in any
     case. config and generator go into the checkpoints, of which the newest `keep` stay. batches: held-out
-    clips. write_sample(module, path) writes an mp4. On SIGTERM or SIGUSR1 to any rank the run saves and stops
+    clips. write_sample(module, path) writes an mp4; bench(module, folder, (rank, ranks)) measures a share of a
+    protocol and gives its numbers to the one that has all. On SIGTERM or SIGUSR1 to any rank the run saves and stops
     after the step at hand; `signal` says so on all of them.
     """
 
@@ -74,9 +75,11 @@ class BetweenSteps(pl.Callback):
         generator: dict[str, Any],
         batches: Sequence[VideoBatch],
         write_sample: Callable[[Training, Path], None],
+        bench: Callable[[Training, Path, tuple[int, int]], dict[str, float]] | None = None,
     ) -> None:
         self.run_dir, self.checkpoint, self.record, self.every, self.keep = run_dir, checkpoint, record, every, keep
         self.config, self.generator, self.batches, self.write_sample = config, generator, batches, write_sample
+        self.bench = bench
         self.signal: int | None = None
         self._losses: list[float] = []
         self._bar: Any = None
@@ -109,6 +112,8 @@ class BetweenSteps(pl.Callback):
             path.parent.mkdir(exist_ok=True)
             self.write_sample(module, path)
             self.record.log_video(path, module.samples_seen)
+        if self.bench is not None and due(module, self.every["bench"]):
+            self._measure(trainer, module, self.run_dir / "bench" / f"{module.samples_seen:08d}")
         # Ranks hear of a signal at different steps, and saving is for all of them together.
         stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
         if due(module, self.every["save"]) or stop:
@@ -118,6 +123,15 @@ class BetweenSteps(pl.Callback):
             trainer.should_stop = True
         if trainer.is_global_zero:
             self._show(module)
+
+    def _measure(self, trainer: pl.Trainer, module: Training, out: Path) -> None:
+        """Every rank makes and measures its share; then the first finds all of it and writes the results."""
+        if trainer.world_size > 1:
+            self.bench(module, out, (trainer.global_rank, trainer.world_size))
+            trainer.strategy.barrier("shares measured")
+        if trainer.is_global_zero:
+            self.record.log({"step": module.step, **self.bench(module, out, (0, 1))}, module.samples_seen)
+        trainer.strategy.barrier("measured")
 
     def _log(self, module: Training) -> None:
         self._losses.append(module.last_step["train/loss"])

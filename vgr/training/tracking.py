@@ -60,8 +60,11 @@ class Record:
 
 
 @rank_zero_only
-def start_wandb(run_dir: Path, config: dict[str, Any], project: str, entity: str | None, mode: str) -> Any:
-    """The W&B run of run_dir, one over all restarts.
+def start_wandb(
+    run_dir: Path, config: dict[str, Any], project: str, entity: str | None, mode: str, job: str = "train",
+    step: str = "samples_seen",
+) -> Any:  # fmt: skip
+    """The W&B run of run_dir, one over all restarts, of a job type, its curves over `step`.
 
     mode: online, offline, or auto: offline unless a key is set. Raises ValueError if wandb is not installed.
     """
@@ -79,8 +82,8 @@ def start_wandb(run_dir: Path, config: dict[str, Any], project: str, entity: str
         write_text(id_file, uuid.uuid4().hex[:8])
     run = wandb.init(
         project=project, entity=entity, name=run_dir.as_posix(), dir=str(run_dir), id=id_file.read_text().strip(),
-        resume="allow", mode=mode, config=config,
+        resume="allow", mode=mode, config=config, job_type=job,
     )  # fmt: skip
-    run.define_metric("samples_seen")
-    run.define_metric("*", step_metric="samples_seen")
+    run.define_metric(step)
+    run.define_metric("*", step_metric=step)
     return run

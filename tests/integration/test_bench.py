@@ -543,11 +543,13 @@ def test_frames_are_judged_where_a_protocol_asks_and_weights_or_features_are_the
     # Features beside the videos fill what no network of ours gives, and are measured anew when they change.
     for key in found["clips"]:
         rest = {"interpolated": np.zeros((12, H, W, 3), np.uint8), "flow": np.full(24, 2.0)}
-        rest |= {"aesthetic": np.full(FRAMES, 5.0), "imaging": np.full(FRAMES, 70.0)}
+        rest |= {"aesthetic": np.full(FRAMES, 5.0), "imaging": np.linspace(66.5, 73.5, FRAMES)}
         np.savez(tmp_path / "model" / f"{key}.features.npz", **rest)
     page = bench_.bench(protocol, tmp_path, generator=Turner(), shards=world)
     cells = json.loads((tmp_path / "results.json").read_text())["rows"]["model"]["metrics"]
-    assert cells["imaging_quality"]["value"] == 0.7 and cells["dynamic_degree"]["value"] == 1
+    assert cells["imaging_quality"]["value"] == pytest.approx(0.7) and cells["dynamic_degree"]["value"] == 1
+    assert cells["imaging_first"]["value"] == pytest.approx(66.9375)  # windows of half a second, four frames
+    assert cells["imaging_drop"]["value"] == pytest.approx(66.9375 - 73.0625)
     assert cells["vbench_quality"]["count"] == 4 and "VBench quality" in page.read_text()
     np.savez(tmp_path / "model" / f"{found['clips'][0]}.features.npz", flow=np.full(3, np.nan))
     with pytest.raises(ValueError, match="features.npz: features flow .3,.: known, finite"):

@@ -5,6 +5,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from tests.unit.test_camera_pose import poses, render
+from vgr.metrics.image import mean_ssim
 from vgr.metrics.revisit import Pair, find_pairs, measure_revisit, returned
 
 FPS = 8.0
@@ -45,10 +46,16 @@ def test_a_perfect_world_has_the_cap_and_a_world_that_forgets_does_not(video):
     perfect = measure_revisit(video, path, FPS, path)
     assert perfect.psnr_db == 100 and perfect.ssim == pytest.approx(1) and perfect.dropped == 0 and perfect.pairs >= 2
     assert perfect.memory_db > 70 and perfect.memory_ssim > 0.2
+    assert perfect.ssim_uniform == pytest.approx(1) and np.isnan(perfect.lpips)
     other = render(there_and_back(), 64, 48, seed=9, over=1)
     forgetful = np.concatenate([video[:17], other[17:]])  # another room on the way back, from the same path
     scores = measure_revisit(forgetful, path, FPS, path)
     assert abs(scores.memory_db) < 1.5 and scores.psnr_db < 20
+    pairs = find_pairs(path, FPS)
+    apart = measure_revisit(forgetful, path, FPS, path, lpips=lambda a, b: np.abs(a.astype(float) - b).mean((1, 2, 3)))
+    both = [(forgetful[p.first], forgetful[p.second]) for p in pairs]
+    assert apart.lpips == pytest.approx(np.mean([np.abs(a.astype(float) - b).mean() for a, b in both]))
+    assert apart.ssim_uniform == pytest.approx(np.mean([mean_ssim(a, b, uniform=True) for a, b in both]))
     faded = (video * (1 - 0.01 * np.arange(33))[:, None, None, None]).astype(np.uint8)  # colour drift is no forgetting
     assert 3 < measure_revisit(faded, path, FPS, path).memory_db < perfect.memory_db
 

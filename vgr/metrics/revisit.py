@@ -7,6 +7,7 @@ back, has remembered nothing: with estimated poses such pairs are dropped, and c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -34,12 +35,15 @@ class Pair(NamedTuple):
 
 class Revisit(NamedTuple):
     """Of one video: pairs scored, and dropped because the camera was not seen to leave and return; means over pairs
-    kept of PSNR and SSIM, and of both minus the control's (above 0 it remembers). NaN where nothing is left."""
+    kept of PSNR and SSIM, of SSIM with a uniform window and LPIPS as SANA-WM prints them, and of the first two minus
+    the control's (above 0 it remembers). NaN where nothing is left, and LPIPS without its network."""
 
     pairs: int
     dropped: int
     psnr_db: float
     ssim: float
+    ssim_uniform: float
+    lpips: float
     memory_db: float
     memory_ssim: float
 
@@ -93,21 +97,25 @@ def _moved(path: Array) -> tuple[float, float]:
 
 
 def measure_revisit(
-    frames_FHW3: NDArray[np.uint8], c2w_F44: ArrayLike, fps: float, estimated: ArrayLike | None, gap_s: float = 2.0
-) -> Revisit:
+    frames_FHW3: NDArray[np.uint8], c2w_F44: ArrayLike, fps: float, estimated: ArrayLike | None, gap_s: float = 2.0,
+    lpips: Callable[[NDArray[np.uint8], NDArray[np.uint8]], Array] | None = None,
+) -> Revisit:  # fmt: skip
     """Score one video (F,H,W,3) with its commanded path (F,4,4). estimated (F,4,4): its own, at any scale; None leaves
-    the check of the return out, which a frozen video passes."""
+    the check of the return out, which a frozen video passes. lpips: two clips to a distance a frame."""
     kept = pairs = find_pairs(c2w_F44, fps, gap_s)
     if estimated is not None:
         scale = pose_errors(estimated, c2w_F44, align="first_frame")["scale"]
         estimate = np.array(estimated, dtype=np.float64)
         estimate[:, :3, 3] *= scale if np.isfinite(scale) else 1.0
         kept = [p for p in pairs if returned(p, c2w_F44, estimate)]
-    scores = np.full((len(kept), 4), np.nan)
+    scores = np.full((len(kept), 6), np.nan)
     for row, (first, second, control) in zip(scores, kept):
         row[:2] = _alike(frames_FHW3, first, second)
+        row[2] = mean_ssim(frames_FHW3[first], frames_FHW3[second], uniform=True)
+        if lpips is not None:
+            row[3] = lpips(frames_FHW3[first, None], frames_FHW3[second, None])[0]
         if control is not None:
-            row[2:] = row[:2] - _alike(frames_FHW3, first + control, second + control)
+            row[4:] = row[:2] - _alike(frames_FHW3, first + control, second + control)
     means = [float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else np.nan for x in scores.T]
     return Revisit(len(kept), len(pairs) - len(kept), *means)
 

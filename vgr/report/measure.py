@@ -162,8 +162,10 @@ def _measure(
     more, estimate = _structure(job, seen, paths)
     values |= more
     if paths and "revisit" in job.protocol:
-        found = measure_revisit(video, paths[0][0], fps, estimate, job.protocol["revisit"]["gap_s"])
+        lpips = job.judges["lpips"].frames if "lpips" in job.judges else None
+        found = measure_revisit(video, paths[0][0], fps, estimate, job.protocol["revisit"]["gap_s"], lpips)
         values |= {"revisit_db": found.psnr_db, "memory_db": found.memory_db, "memory_ssim": found.memory_ssim}
+        values |= {"revisit_ssim_uniform": found.ssim_uniform, "revisit_lpips": found.lpips}
         pairs = found.pairs + found.dropped
         values["return_dropped"] = found.dropped / pairs if pairs and estimate is not None else np.nan
     table = all_features(job, video)
@@ -183,6 +185,10 @@ def _quality(job: Job, videos: VideoSet, key: str, video: Frames, fps: float) ->
         values = vbench.scores(video, given)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+    if "imaging" in given:
+        window = max(1, round(job.protocol["drift"]["window_s"] * fps))
+        first, last = (float(np.mean(x)) for x in (given["imaging"][:window], given["imaging"][-window:]))
+        values |= {"imaging_first": first, "imaging_last": last, "imaging_drop": first - last}
     captions, names = info.get("captions", {}), info.get("clips", [])
     if "clip" in job.judges and key in captions:
         at = np.arange(0, len(video), max(1, round(fps / job.protocol["quality"]["clip_per_s"])))

@@ -611,7 +611,7 @@ def test_requests_in_the_published_layout_are_made_measured_and_set_beside_what_
     assert json.loads((tmp_path / "out" / "results.json").read_text())["made_by"]["weights"] == "bb"
 
 
-def test_stories_share_their_frames_and_cut_where_chunks_begin(tmp_path):
+def test_stories_share_their_frames_and_cut_where_chunks_begin(tmp_path, monkeypatch):
     from vgr.report.requests import read_requests
 
     class Director(Steered):
@@ -622,17 +622,21 @@ def test_stories_share_their_frames_and_cut_where_chunks_begin(tmp_path):
             return super().__call__(np.zeros((len(captions), H, W, 3), np.uint8), cameras, captions, seeds, watch=watch)
 
     path = tmp_path / "stories.json"
-    told = [{"key": f"k{i}", "shots": [f"shot {i} {n}" for n in range(3)]} for i in range(2)]
+    told = [{"key": f"k{i}", "shots": [f"shot {i} {n}" for n in range(3)], "returns": [[0, 2]]} for i in range(2)]
     path.write_text(json.dumps({"prompts": told}))
     director = Director()
-    bench_.bench({**PROTOCOL, "frames": 999, "shots": {}}, tmp_path / "out", generator=director,
-                 requests=read_requests(path))  # fmt: skip
+    from vgr.report import judges
+
+    monkeypatch.setattr(judges, "load", lambda folder, device: {"dino": judges_of(None)["dino"]})
+    protocol = {**PROTOCOL, "frames": 999, "shots": {}, "quality": {"clip_per_s": 1.0}}
+    bench_.bench(protocol, tmp_path / "out", generator=director, requests=read_requests(path))
     captions, shot, first = director.asked
     assert first is None and captions[0] == ("shot 0 0", "shot 0 1", "shot 0 2") or captions[0][0] == "shot 1 0"
     assert shot[0].tolist() == [0, 0, 0, 1, 1, 2, 2]  # 6 chunks after the first frame, two a shot
     info = json.loads((tmp_path / "out" / "model" / "set.json").read_text())
     assert info["cuts"]["k0"] == [9, 17] and info["captions"]["k1"][2] == "shot 1 2"
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"]["model"]["metrics"]["sca"]["count"] == 2
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]["model"]["metrics"]
+    assert cells["sca"]["count"] == cells["intra_shot"]["count"] == cells["inter_shot"]["count"] == 2
     many = [{"key": "k", "shots": [str(n) for n in range(7)]}]
     path.write_text(json.dumps({"prompts": many}))
     with pytest.raises(ValueError, match="7 shots in 25 frames: turner has 6 chunks there"):
@@ -658,7 +662,7 @@ def test_a_folder_of_requests_needs_what_the_model_takes(tmp_path):
     (tmp_path / "b.caption.txt").write_text("three\n")
     np.savez(tmp_path / "b.npz", c2w=turning(np.zeros(9)))
     requests = read_requests(tmp_path)
-    assert requests[0][1:] == (("one", "two"), None, None) and requests[1].poses == tmp_path / "b.npz"
+    assert requests[0] == ("a", ("one", "two"), None, None, ()) and requests[1].poses == tmp_path / "b.npz"
     with pytest.raises(ValueError, match="requests: a has no poses, but turner takes cameras"):
         bench_.bench(PROTOCOL, tmp_path / "out", generator=Steered(), requests=requests)
     assert not (tmp_path / "out" / "model").exists()

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.memory import recurrence_similarity
 from vgr.data.stories import StorySource
 from vgr.data.worlds import WorldSource
-from vgr.metrics.shots import detect_cuts, detect_jumps, no_cut_floor, shot_cut_accuracy
+from vgr.metrics.shots import detect_cuts, detect_jumps, no_cut_floor, shot_consistency, shot_cut_accuracy
 from vgr.metrics.statistics import mean_interval
 
 
@@ -120,3 +120,26 @@ def test_cuts_between_like_colours_are_seen_by_where_they_stand():
     slow = np.stack([wide[:, f : f + 128] for f in range(12)])
     cut = np.concatenate([slow, slow[:, :, ::-1]])
     assert detect_cuts(cut) == [] and detect_jumps(cut) == [12]
+
+
+def test_shots_of_one_subject_lie_between_floor_and_ceiling():
+    """Features that are directions in a plane: their cosines are those of known angles."""
+    def at(*degrees):
+        return np.stack([np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))], axis=1)
+
+    video = np.concatenate([at(0, 0, 10, 10), at(90, 90), at(35, 35, 35)])
+    found = shot_consistency(video, [0, 4, 6], [(2, 0)])
+    cos = lambda degrees: np.cos(np.deg2rad(degrees))  # noqa: E731
+    assert found["inter_shot"] == pytest.approx(cos(30))  # the first shot's mean lies at 5 degrees
+    assert found["inter_shot_floor"] == pytest.approx((cos(85) + cos(55)) / 2)
+    assert found["inter_shot_ceiling"] == pytest.approx((cos(10) + 1 + 1) / 3)
+    own, floor, ceiling = (found[f"inter_shot{end}"] for end in ("", "_floor", "_ceiling"))
+    assert found["inter_shot_scaled"] == pytest.approx((own - floor) / (ceiling - floor))
+    first = ((1 + 1) + (cos(10) + cos(10)) + (1 + cos(10))) / 6
+    assert found["intra_shot"] == pytest.approx((first + 1 + 1) / 3)
+    assert set(shot_consistency(video, [0, 4, 6])) == {"intra_shot"}
+    assert "inter_shot_floor" not in shot_consistency(video, [0, 4], [(0, 1)])  # no other pair to tell chance by
+    for starts, returns, told in (([0, 4, 4], (), "every shot has frames"), ([1, 4], (), "rise from 0"),
+                                  ([0, 4], [(0, 2)], "of 2 shots"), ([0, 4], [(1, 1)], "pairs of two")):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            shot_consistency(video, starts, returns)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from vgr.metrics.vbench import consistency
 
 Array = NDArray[np.float64]
 
@@ -41,6 +43,44 @@ def shot_cut_accuracy(
 def no_cut_floor(target_cuts: Sequence[int], frames: int) -> float:
     """SCA of a video without any cut, to stand beside every SCA: exp(-(S-1)/S) for S shots."""
     return shot_cut_accuracy([], target_cuts, frames)
+
+
+def shot_consistency(
+    features_FD: ArrayLike, starts: Sequence[int], returns: Sequence[tuple[int, int]] = ()
+) -> dict[str, float]:
+    """Do subjects keep their looks within shots and from shot to shot (benchmarks spec 6.4), by features of frames?
+
+    starts: first frames of shots, 0 first; returns: pairs of shots that show one subject. intra_shot: VBench's
+    consistency inside each shot, averaged. inter_shot: mean cosine of the mean features of a pair's shots, between its
+    floor, that of all other pairs, and its ceiling, of both halves of a shot; inter_shot_scaled: 0 at the floor, 1 at
+    the ceiling. What cannot be had is left out. ValueError for shots without frames or pairs without shots.
+    """
+    x = np.asarray(features_FD, dtype=np.float64)
+    edges, pairs = [*starts, len(x)], {tuple(sorted(p)) for p in returns}
+    if edges != sorted(set(edges)) or edges[0] != 0:
+        raise ValueError(f"starts={list(starts)} of {len(x)} frames: they rise from 0, and every shot has frames")
+    if wrong := [p for p in pairs if not 0 <= p[0] < p[1] < len(starts)]:
+        raise ValueError(f"returns={wrong}: pairs of two of {len(starts)} shots, from 0")
+    shots = [x[a:b] for a, b in zip(edges, edges[1:])]
+    halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in shots if len(s) > 1]
+    others = [(a, b) for b in range(len(shots)) for a in range(b) if (a, b) not in pairs]
+    found = {
+        "intra_shot": [consistency(s) for s in shots if len(s) > 1],
+        "inter_shot": [_cosine(shots[a], shots[b]) for a, b in pairs],
+        "inter_shot_floor": [_cosine(shots[a], shots[b]) for a, b in others if pairs],
+        "inter_shot_ceiling": [_cosine(a, b) for a, b in halves if pairs],
+    }
+    means = {name: float(np.mean(values)) for name, values in found.items() if values}
+    if {"inter_shot_floor", "inter_shot_ceiling"} <= means.keys():
+        floor, ceiling = means["inter_shot_floor"], means["inter_shot_ceiling"]
+        if ceiling > floor:
+            means["inter_shot_scaled"] = (means["inter_shot"] - floor) / (ceiling - floor)
+    return means
+
+
+def _cosine(a_FD: Array, b_FD: Array) -> float:
+    a, b = a_FD.mean(0), b_FD.mean(0)
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
 def detect_cuts(frames_FHW3: NDArray[np.uint8], least: float = 12.0, ratio: float = 5.0) -> list[int]:

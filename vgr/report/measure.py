@@ -90,7 +90,8 @@ def measure_set(
         given = videos.folder / f"{key}.features.npz"
         data = [x.read_bytes() for x in (*files, given) if x != given or x.is_file()]
         told: list[Any] = [hashlib.sha256(x).hexdigest() for x in (*data, *(a.tobytes() for p in own for a in p))]
-        told += [info.get("fps"), info.get("chunk_starts"), *(info.get(k, {}).get(key) for k in ("cuts", "captions"))]
+        told += [info.get("fps"), info.get("chunk_starts")]
+        told += [info.get(name, {}).get(key) for name in ("cuts", "captions", "returns")]
         mark, place = fingerprint({**settings, "inputs": told}), job.kept / row / f"{key}.json"
         found = _read(place, key, mark)
         if found is None:
@@ -185,6 +186,9 @@ def _quality(job: Job, videos: VideoSet, key: str, video: Frames, fps: float) ->
         values = vbench.scores(video, given)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+    starts = [0, *info.get("cuts", {}).get(key, [])]
+    if "subject" in given and len(starts) > 1 and starts[-1] < len(video):
+        values |= shots.shot_consistency(given["subject"], starts, info.get("returns", {}).get(key, []))
     if "imaging" in given:
         window = max(1, round(job.protocol["drift"]["window_s"] * fps))
         first, last = (float(np.mean(x)) for x in (given["imaging"][:window], given["imaging"][-window:]))

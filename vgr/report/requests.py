@@ -4,7 +4,8 @@
   a split of SANA-WM-Bench  <bench>/benchmark_v2_*: sanawm_export_v2/<id>.npz and run_manifest.jsonl; images/<id>.png
   a folder of one's own     <key>.caption.txt, a line a shot; <key>.png or .jpg, for a model that takes a first frame;
                             <key>.npz or .txt, poses as any reader of ours takes them, for a model that takes cameras
-  a JSON list of stories    {"prompts": [{"key", "shots": [captions]}]}, as benchmarks/prompts/ has them
+  a JSON list of stories    {"prompts": [{"key", "shots": [captions], "returns": pairs of shots with one subject}]}, as
+                            benchmarks/prompts/ has them; returns may lack
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Request(NamedTuple):
-    """One video asked for: its name, a caption a shot, files of its first frame and of its camera path, if any."""
+    """One video asked for: its name, a caption a shot, files of its first frame and of its camera path, if any, and the
+    pairs of its shots that show one subject."""
 
     key: str
     captions: tuple[str, ...]
     picture: Path | None
     poses: Path | None
+    returns: tuple[tuple[int, int], ...] = ()
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -41,7 +44,8 @@ def read_requests(path: Path) -> list[Request]:
         rows = told.get("prompts") if isinstance(told, dict) else None
         if not rows or not all(isinstance(r, dict) and r.get("key") and r.get("shots") for r in rows):
             raise ValueError(f'requests={path} must hold {{"prompts": [{{"key", "shots"}}, ...]}}')
-        return [Request(str(r["key"]), tuple(map(str, r["shots"])), None, None) for r in rows]
+        return [Request(str(r["key"]), tuple(map(str, r["shots"])), None, None, tuple(map(tuple, r.get("returns", ()))))
+                for r in rows]  # fmt: skip
     if not path.is_dir():
         raise FileNotFoundError(f"requests={path} does not exist; give a folder or JSON, see vgr/report/requests.py")
     if (path / "sanawm_export_v2").is_dir():
@@ -97,12 +101,13 @@ def make_set(
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
         return generator(first, *asked_of(group), seeds, watch=watch, shot=shots_of(group, generator))
 
-    asked = [[r.key, r.captions, *(p and hashlib.sha256(p.read_bytes()).hexdigest() for p in r[2:])] for r in requests]
+    asked = [[r.key, r.captions, *(p and hashlib.sha256(p.read_bytes()).hexdigest() for p in r[2:4])] for r in requests]
     made_by = {"row": "model", "name": generator.name, "weights": generator.weights_hash,
                "sampling": generator.sampling, "protocol": protocol["sha256"], "requests": fingerprint({"of": asked}),
                "frames": frames.pop()}  # fmt: skip
+    told = {"returns": {r.key: list(map(list, r.returns)) for r in requests}}
     made = fill_set(out / "model", made_by, generator.fps, list(clips), lambda group: generate(group)[0], batch=batch,
-                    part=part, done=done)  # fmt: skip
+                    part=part, told=told, done=done)  # fmt: skip
     if part[0] == 0:
         time_requests(protocol, made, [lambda watch, c=c: generate([c], watch) for c in clips])
     return made

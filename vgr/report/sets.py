@@ -3,9 +3,9 @@
     <key>.mp4  <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4))  set.json
 
 set.json: {"format": 1, "made_by": {...}, "fingerprint": sha256 of made_by, "clips": [keys], "fps": ..., and optionally
-"cuts": {key: [first frames of shots]}, "chunk_starts": [frames], "units": {key: prompt or scene} and "timings" (what
-`vgr.metrics.frame_rate` measures; ours lie in timings.json)}. Only the videos are required of a set that somebody else
-made.
+"cuts": {key: [first frames of shots]}, "chunk_starts": [frames], "units": {key: prompt or scene}, "returns": {key:
+pairs of shots that show one subject} and "timings" (what `vgr.metrics.frame_rate` measures; ours lie in timings.json)}.
+Only the videos are required of a set that somebody else made. <key>.features.npz: see `vgr.metrics.vbench`.
 """
 
 from __future__ import annotations

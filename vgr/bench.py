@@ -183,8 +183,8 @@ def bench(
     sets: dict[str, VideoSet] = {} if videos is None else {"model": videos}
     reference = None
     if requests is not None:
-        with progress(len(requests), "making videos") as done:
-            asked = requests[: protocol["clips"]]
+        asked = requests[: protocol["clips"]]
+        with progress(len(asked), "making videos") as done:
             sets["model"] = requests_.make_set(protocol, out, generator, asked, batch, done, part)
         keys, frames = list(sets["model"].keys), sets["model"].info["made_by"]["frames"]
     elif shards is None:

@@ -647,6 +647,7 @@ def test_stories_share_their_frames_and_cut_where_chunks_begin(tmp_path, monkeyp
     (lambda p: p / "none", "does not exist"),
     (lambda p: p, "holds no <key>.caption.txt"),
     (lambda p: [(p / "a.json").write_text("[1]"), p / "a.json"][1], "must hold"),
+    (lambda p: [(p / "a.json").write_text("{"), p / "a.json"][1], "is no JSON"),
 ])  # fmt: skip
 def test_requests_that_are_none_are_told_apart(tmp_path, make, told):
     from vgr.report.requests import read_requests
@@ -660,11 +661,17 @@ def test_a_folder_of_requests_needs_what_the_model_takes(tmp_path):
 
     (tmp_path / "a.caption.txt").write_text("one\ntwo\n")
     (tmp_path / "b.caption.txt").write_text("three\n")
-    np.savez(tmp_path / "b.npz", c2w=turning(np.zeros(9)))
+    poses = {"c2w": turning(np.zeros(9)), "intrinsics": np.tile([FX, FX * W / H, 0.5, 0.5], (9, 1)), "fps": FPS}
+    np.savez(tmp_path / "b.npz", **poses)
     requests = read_requests(tmp_path)
     assert requests[0] == ("a", ("one", "two"), None, None, ()) and requests[1].poses == tmp_path / "b.npz"
     with pytest.raises(ValueError, match="requests: a has no poses, but turner takes cameras"):
         bench_.bench(PROTOCOL, tmp_path / "out", generator=Steered(), requests=requests)
+    np.savez(tmp_path / "a.npz", **poses)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((H, W, 3), np.uint8))
+    (tmp_path / "a.caption.txt").write_text("one\n")
+    with pytest.raises(ValueError, match="b have no first frame and others do"):
+        bench_.bench(PROTOCOL, tmp_path / "out", generator=Steered(), requests=read_requests(tmp_path))
     assert not (tmp_path / "out" / "model").exists()
 
 

@@ -40,7 +40,10 @@ class Request(NamedTuple):
 def read_requests(path: Path) -> list[Request]:
     """In the order of their names. FileNotFoundError or ValueError say what lies there instead."""
     if path.suffix == ".json":
-        told = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"requests={path} is no JSON: {error}") from error
         rows = told.get("prompts") if isinstance(told, dict) else None
         if not rows or not all(isinstance(r, dict) and r.get("key") and r.get("shots") for r in rows):
             raise ValueError(f'requests={path} must hold {{"prompts": [{{"key", "shots"}}, ...]}}')
@@ -92,7 +95,10 @@ def make_set(
     clips, pictures = zip(*(_clip(r, protocol, generator) for r in requests))
     frames = {len(c.c2w) for c in clips}
     if len(frames) > 1:
-        raise ValueError(f"paths have {sorted(frames)} frames at the model's rate; give all one length")
+        raise ValueError(f"requests: paths have {sorted(frames)} frames at the model's rate; give all one length")
+    if bare := [c.key for c, picture in zip(clips, pictures) if picture is None]:
+        if len(bare) < len(clips):
+            raise ValueError(f"requests: {', '.join(bare[:3])} have no first frame and others do; give all or none one")
     number = {c.key: i for i, c in enumerate(clips)}
 
     def generate(group: list[Clip], watch: Callable[[Frames], None] | None = None) -> tuple[Frames, dict[str, float]]:

@@ -96,9 +96,9 @@ def make_set(
     frames = {len(c.c2w) for c in clips}
     if len(frames) > 1:
         raise ValueError(f"requests: paths have {sorted(frames)} frames at the model's rate; give all one length")
-    if bare := [c.key for c, picture in zip(clips, pictures) if picture is None]:
-        if len(bare) < len(clips):
-            raise ValueError(f"requests: {', '.join(bare[:3])} have no first frame and others do; give all or none one")
+    bare = [c.key for c, picture in zip(clips, pictures) if picture is None]
+    if 0 < len(bare) < len(clips):
+        raise ValueError(f"requests: {', '.join(bare[:3])} have no first frame and others do; give all or none one")
     number = {c.key: i for i, c in enumerate(clips)}
 
     def generate(group: list[Clip], watch: Callable[[Frames], None] | None = None) -> tuple[Frames, dict[str, float]]:

@@ -1,9 +1,13 @@
-"""The timing of a training step, at the sizes that run on a CPU: both models, the causal one packed."""
+"""Benchmarks at sizes that run in seconds on a CPU: what they compare agrees and is told; never how long it takes."""
 
 import argparse
+import importlib.util
 
+import numpy as np
 import pytest
 
+from benchmarks.speed import metric_cases
+from benchmarks.speed.metrics import compare, long_video
 from benchmarks.speed.training_step import measure
 
 SETTINGS = {"device": "cpu", "scan": "torch", "attention": "torch", "compile": False, "repeats": 1}
@@ -15,3 +19,45 @@ def test_a_training_step_is_timed(size, frames, tokens):
     assert row["tokens"] == tokens and row["mfu"] == pytest.approx(row["tflop"] / row["step_s"])
     # Each token meets most weights once forward, twice backward: products of two, so about 6 a weight.
     assert 2 < row["tflop"] * 1e12 / (tokens * row["parameters"]) < 12
+
+
+SMALL = {
+    "frechet": lambda: metric_cases.frechet(((60, 12), (20, 30))),
+    "kernel": lambda: metric_cases.kernel(60, 12, subsets=2, size=40),
+    "ssim": lambda: metric_cases.image("ssim", ((40, 52),), frames=2),
+    "psnr": lambda: metric_cases.image("psnr", ((40, 52),), frames=2),
+    "trajectory": lambda: metric_cases.trajectory(40),
+    "theil_sen": lambda: metric_cases.theil_sen((12,)),
+}
+OPTIONAL = {"evo": "evo", "scikit-image": "skimage"}
+
+
+@pytest.mark.parametrize("name", metric_cases.CASES)
+def test_a_metric_and_its_peers_agree_before_they_are_timed(name, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.speed.metrics.TURN_S", 0.0)
+    rows = [compare(case, 1) for case in SMALL[name]()]
+    assert rows and {row["case"] for row in rows} == {name}
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == len(rows)
+    for row, line in zip(rows, told):
+        module = OPTIONAL.get(row["peer"].split()[0])
+        if module and importlib.util.find_spec(module) is None:
+            assert row["unavailable"] and "not installed" in row["peer"] and "ratio_median" not in row
+            continue
+        assert row["agree"] and row["apart"] <= row["tolerance"] and row["pairs"] == 1
+        assert row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"]
+        assert row["never_slower"] == (row["ratio_median"] >= 1)
+        assert row["peer"] in line and line.endswith(("never slower: met", "never slower: missed"))
+
+
+@pytest.mark.parametrize("theirs", [1.002, np.nan])
+def test_values_that_differ_get_no_ratio(theirs, capsys):
+    case = metric_cases.Case("ssim", "x", "y", *map(metric_cases.here, (lambda: [1, 1], lambda: [1, theirs])), 1e-3)
+    row = compare(case, 1)
+    assert not row["agree"] and "ratio_median" not in row and "no ratio" in capsys.readouterr().out
+
+
+def test_a_long_video_passes_through_and_its_memory_is_told():
+    found = long_video(0.1, (24, 32))
+    assert found["frames"] == 96 and found["at_tenth_mb"] > 0 and found["at_end_mb"] <= found["most_mb"] + 1
+    assert found["ratio"] == pytest.approx(found["at_end_mb"] / found["at_tenth_mb"])

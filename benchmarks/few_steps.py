@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.shots import COLUMNS, cut_scores
 from vgr.bench import environment
+from vgr.command import tracked
 from vgr.data.files import atomic, write_json
 from vgr.data.modules import ShardData
 from vgr.data.video import read_video
@@ -139,7 +140,7 @@ def main() -> None:
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("truth", AGAIN, *rows)}
     cuts: dict[str, list[dict[str, float]]] = {name: [] for name in ("truth", *rows)}
     sheet: list[np.ndarray] = []
-    for batch in shards.val_batches(8):
+    for batch in tracked(shards.val_batches(8), "batches of clips"):
         latents = {name: made(way[0], batch, *way[1:]) for name, way in rows.items()}
         for name, x in latents.items():
             distances[name].append((x - latents[long])[:, :, 1:].square().mean((1, 2, 3, 4)))

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vgr.bench import environment
+from vgr.command import tracked
 from vgr.data.modules import collate
 from vgr.data.shards import Shards
 from vgr.data.stories import StorySource
@@ -155,7 +156,7 @@ def measure(
     source = StorySource(**settings)
     models = {name: with_policy(generator.model, policy) for name, policy in policies.items()}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in policies}
-    for i in range(min(stories, len(shards))):
+    for i in tracked(range(min(stories, len(shards))), f"stories of {run}"):
         sample = shards.read(i)
         shots = sample.meta["shots"]
         if all(shot["returns_from"] is None for shot in shots):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vgr.bench import environment
+from vgr.command import tracked
 from vgr.data.files import atomic, write_json
 from vgr.data.modules import collate
 from vgr.data.shards import Shards
@@ -49,7 +50,7 @@ def cut_scores(video_FHW3: np.ndarray, shots: list[dict[str, Any]]) -> dict[str,
 def streamed(generator: Generator, shards: Shards, count: int) -> list[np.ndarray]:
     """The first `count` stories as (F,H,W,3) uint8, from their captions alone; the noise is the story's."""
     videos: list[np.ndarray] = []
-    for a in range(0, count, BATCH):
+    for a in tracked(range(0, count, BATCH), f"batches of stories by {generator.name}"):
         numbers = range(a, min(a + BATCH, count))
         batch = collate([shards.read(i) for i in numbers], numbers)
         videos.extend(generator(None, batch.cameras, batch.captions, list(numbers), shot=batch.shot)[0])

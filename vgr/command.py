@@ -13,10 +13,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 import yaml
@@ -29,6 +29,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+Item = TypeVar("Item")
 _FULL = "HYDRA_FULL_ERROR"
 _USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError, FloatingPointError)
 
@@ -238,3 +239,11 @@ def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
             print(f"{label}: {count}/{total}, {spent:.0f} s{left}", file=sys.stderr, flush=True)
 
     yield done
+
+
+def tracked(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """The items one after another, each counted by `progress` when the next is asked for."""
+    with progress(len(items), label) as done:
+        for item in items:
+            yield item
+            done(1)

@@ -142,8 +142,9 @@ def build(
     refuse_other_shards(data.train_shards, data.val_shards, cfg.training.get("objective", {}))
     if "fps" in cfg.model and cfg.model.fps != (fps := data.train_shards.manifest["fps"]):
         raise ValueError(f"model.fps={cfg.model.fps:g}, but {cfg.data.train} has {fps:g} frames a second: set it so")
-    if "fps" in cfg.model and (cfg.every.sample or cfg.every.bench):
-        raise ValueError("every.sample, every.bench: a refiner makes no videos of its own; set them to 0")
+    for name in ("sample", "bench") if "fps" in cfg.model else ():
+        if cfg.every[name]:
+            raise ValueError(f"every.{name}={cfg.every[name]}: a refiner makes no videos of its own; set it to 0")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = cached_text(data, cfg.text) or instantiate(cfg.text)
     model = instantiate(cfg.model)

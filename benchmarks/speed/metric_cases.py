@@ -108,13 +108,13 @@ def sqrtm_frechet(x: Features, y: Features) -> float:
 
 
 def frechet(sizes: Sequence[tuple[int, int]] = ((2048, 400), (512, 1408))) -> Iterator[Case]:
-    """With fewer rows than features the product is singular: the peers' own roots of what should be 0 are 1e-8 and
-    more each, hence the wider tolerance."""
+    """With fewer rows than features the product is singular, and the peers take roots of the rounding of its zeros:
+    hence the wider tolerance there (7e-8 was seen)."""
     from vgr.metrics.fvd import frechet_distance
 
     for rows, width in sizes:
         x, y = features(rows, width)
-        told, near = f"N={rows} d={width}", 1e-8 if rows > width else 1e-4
+        told, near = f"N={rows} d={width}", 1e-8 if rows > width else 1e-6
         yield Case("frechet", told, "torchmetrics", here(lambda x=x, y=y: frechet_distance(x, y)),
                    here(lambda x=x, y=y: torchmetrics_frechet(x, y)), near)  # fmt: skip
         yield Case("frechet", told, "cd-fvd", here(lambda x=x, y=y: frechet_distance(x, y, ddof=0)),

@@ -153,7 +153,7 @@ def test_rows_values_and_provenance(finished, world):
     assert found["made_by"]["weights"] == "aa" and found["protocol"]["sha256"] == PROTOCOL["sha256"]
     assert {"commit", "device", "versions"} <= set(found) and found["metrics"]["psnr_db"]["how"]
     assert found["metrics"]["drift"]["settings"] == {"frames": FRAMES, "clips": 6, "window_s": 0.5}
-    assert "I3D" in found["unavailable"]["fvd"]["why"] and "alexnet" in found["unavailable"]["lpips"]["get"]
+    assert "I3D" in found["unavailable"]["fvd"]["why"] and "judge frames" in found["unavailable"]["lpips"]["why"]
     lines = [json.loads(x) for x in (out / "videos.jsonl").read_text().splitlines()]
     assert len(lines) == 5 * 6
     model = [x["psnr_db"] for x in lines if x["row"] == "model"]

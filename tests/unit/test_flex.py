@@ -82,8 +82,10 @@ def test_outputs_and_gradients_are_those_of_chunk_by_chunk(backward_on_cpu, name
         model.activation_checkpointing = layout == "unequal"
         out, _ = model(torch.cat([x, noisy], 2), torch.cat([0 * t, times], 1), cond.packed())
         found.append((out.detach(), *torch.autograd.grad(out[:, :, FRAMES:].square().sum(), list(model.parameters()))))
-    for ours, theirs in zip(found[1], found[0]):
-        close(ours, theirs)
+    close(found[1][0], found[0][0])
+    # Of gradients, those of the keys' norm cancel most: 1.6e-5 of their range on one processor, below 1e-5 on others.
+    for ours, theirs in zip(found[1][1:], found[0][1:]):
+        close(ours, theirs, 3e-5)
 
 
 @pytest.mark.parametrize("name", ["full", "shot sink", "routed"])

@@ -72,13 +72,14 @@ def body(cfg: DictConfig) -> None:
         out = Path(cfg.out or (run_dir or Path(cfg.checkpoint)) / "bench" / protocol["name"])
     else:
         out = Path(cfg.out or Path("runs/bench") / videos.folder.resolve().name / protocol["name"])
+    shards = Shards(data) if data else None
     told = {"protocol": protocol, "checkpoint": cfg.checkpoint, "videos": cfg.videos}
     logger = instantiate(cfg.logger, _partial_=True) if cfg.logger and cfg.part is None else None
     run = logger(out, told, job="evaluate", step="time_s") if logger else None
     page = bench(
-        protocol, out, generator=generator, videos=videos, shards=Shards(data) if data else None, requests=requests,
-        run_dir=run_dir, batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights,
-        statistics=statistics, device=device, wandb_run=run,
+        protocol, out, generator=generator, videos=videos, shards=shards, requests=requests, run_dir=run_dir,
+        batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights, statistics=statistics, device=device,
+        wandb_run=run,
     )  # fmt: skip
     print(page or f"part {cfg.part} is done; the same command without part= writes the results once all are")
 

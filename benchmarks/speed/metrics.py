@@ -14,7 +14,6 @@ Left out: BCa intervals, since `mean_interval` is scipy.stats.bootstrap's call.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.metric_cases import CASES, Case, Frames, films
+from vgr.data.files import write_json
 
 TURN_S = 0.1  # least seconds a side's turn should take
 FPS, WINDOW_S = 16, 1.0
@@ -121,8 +121,7 @@ def main() -> None:
         "rows": rows, "memory": watched,
     }  # fmt: skip
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.out, found)
 
 
 if __name__ == "__main__":

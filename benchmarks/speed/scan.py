@@ -11,7 +11,6 @@ largest value of the torch form, stands beside each time. Writes JSON with devic
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from vgr.data.files import write_json
 
 REAL, TINY = (20, 880, 112), (2, 20, 16)  # heads, tokens of a frame, head width
 Form = Callable[[list[Tensor]], tuple[Tensor, ...]]
@@ -131,8 +132,7 @@ def main() -> None:
         "rows": rows,
     }  # fmt: skip
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.out, found)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("diffusers")
 from benchmarks.speed.sana_port import fp32_softmax, from_port, make_inputs, make_port
+from tests.float64 import Float64, wide  # noqa: F401
 from vgr.types import _map_tensors
 
 CHANNELS, TEXT, RAW = 4, 24, 8
@@ -87,25 +87,9 @@ def test_integer_times_survive_fp32():
     assert torch.equal(a, b) and not torch.equal(b, c)
 
 
-@pytest.fixture
-def wide():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class _Float64(TorchFunctionMode):
-    """Where code asks for float32 it gets float64, so that both sides compute in it throughout."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_random_models_have_the_ports_gradients_in_float64(seed, wide):
+def test_random_models_have_the_ports_gradients_in_float64(seed, wide):  # noqa: F811
     """Sizes, lengths and cameras drawn, both sides in float64: output and every parameter's gradient agree."""
     from vgr.models.world_model_weights import from_diffusers
 
@@ -116,14 +100,14 @@ def test_random_models_have_the_ports_gradients_in_float64(seed, wide):
         heads * pick(16, 24, 56), heads, pick(2, 3, 4), pick(2, 4), pick(1, 2), pick(1, 2, 5, 9, 14),
         (pick(1, 2, 3), pick(2, 5)), pick(1.0, 30.0),
     )  # fmt: skip
-    with _Float64():  # tables that are made once, too
+    with Float64():  # tables that are made once, too
         port, ours, inputs = _pair(case, seed)
     port, ours = port.double(), ours.double()
     weight = torch.randn(inputs.x.shape, generator=draw, dtype=torch.float64)
     double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
     x_port, x_ours = (inputs.x.double().requires_grad_() for _ in range(2))
     given = {**{k: double(v) for k, v in inputs.port_arguments().items()}, "hidden_states": x_port}
-    with fp32_softmax(), _Float64():
+    with fp32_softmax(), Float64():
         expected = port(**given, return_dict=False)[0]
         (expected * weight).sum().backward()
         actual, _ = ours(x_ours, inputs.t.double(), _map_tensors(inputs.cond, double))

@@ -62,10 +62,10 @@ def measure_drift(
     centres = np.concatenate([(e[1:] + e[:-1]) / 2 for e in shots])
     shot = np.repeat(np.arange(len(shots)), [len(e) - 1 for e in shots])
     first, second = np.nonzero(np.triu(shot[:, None] == shot, 1))
-    slope, level, start_end, curve = {}, {}, {}, {}
+    apart, (slope, level, start_end, curve) = centres[second] - centres[first], ({}, {}, {}, {})
     for name, (times, values) in series.items():
         curve[name] = np.concatenate([_window_means(times, values, e) for e in shots])
-        rises = (curve[name][second] - curve[name][first]) / (centres[second] - centres[first])
+        rises = (curve[name][second] - curve[name][first]) / apart
         slope[name], level[name] = float(np.median(rises)), float(values.mean())
         ends = [_start_end(times, values, e[0], e[-1]) for e in shots]
         start_end[name] = float(np.average(ends, weights=[len(e) - 1 for e in shots]))
@@ -79,9 +79,11 @@ def _edges(start: float, end: float, window_s: float) -> Array | None:
 
 
 def _window_means(times: Array, values: Array, edges: Array) -> Array:
-    index = np.digitize(times, edges) - 1
-    index[np.abs(times[:, None] - edges).min(1) < 1e-6] = -1  # on an edge: in neither window, or time has a side
-    return np.array([values[index == j].mean() for j in range(len(edges) - 1)])
+    place = np.searchsorted(edges, times).clip(1, len(edges) - 1)
+    # On an edge: in neither window, or time has a side.
+    inside = (times > edges[place - 1] + 1e-6) & (times < edges[place] - 1e-6)
+    sums, counts = (np.bincount(place[inside] - 1, w, len(edges) - 1) for w in (values[inside], None))
+    return sums / counts
 
 
 def _start_end(times: Array, values: Array, start: float, end: float) -> float:

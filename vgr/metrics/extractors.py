@@ -83,7 +83,7 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
     from transformers import VideoMAEForVideoClassification
 
     network, digest = pretrained(
-        VideoMAEForVideoClassification, folder, WEIGHTS["fd_videomae"][1], device, spare="classifier."
+        VideoMAEForVideoClassification, folder, WEIGHTS["fd_videomae"][1], device, spare=("classifier.",)
     )
     network.classifier, config = torch.nn.Identity(), network.config
     mean, sd = (torch.tensor(x, device=device)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -104,10 +104,10 @@ def load_videomae(folder: Path, device: str = "cpu") -> Extractor:
 
 
 def pretrained(
-    kind: Any, folder: Path, how: str, device: str, spare: str = "no.", **settings: Any
+    kind: Any, folder: Path, how: str, device: str, spare: tuple[str, ...] = (), **settings: Any
 ) -> tuple[Any, str]:
-    """A network of transformers and its file's sha256; tensors called `spare`... may be missing. ValueError names what
-    does not fit and `how` to get it."""
+    """A network of transformers and its file's sha256; tensors that begin as one of `spare` may be missing. ValueError
+    names what does not fit and `how` to get it."""
     import torch
 
     try:

@@ -116,7 +116,7 @@ def kernel_distance(a_ND: ArrayLike, b_MD: ArrayLike, subsets: int = 100, size: 
     found = []
     for _ in range(1 if m == len(a) == len(b) else subsets):
         x, y = (z[rng.permutation(len(z))[:m]] for z in (a, b))
-        xx, yy, xy = ((p @ q.T / a.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        xx, yy, xy = (k * k * k for k in (p @ q.T / a.shape[1] + 1 for p, q in ((x, x), (y, y), (x, y))))
         found.append((xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1)) - 2 * xy.mean())
     return float(np.mean(found))
 

@@ -10,8 +10,9 @@ Pixels = NDArray[np.uint8]
 
 def psnr(frames_FHW3: Pixels, truth_FHW3: Pixels) -> NDArray[np.float64]:
     """PSNR of every frame in dB, (F,), at most 100; a video's value is the mean of these, not of squared errors."""
-    error = (frames_FHW3.astype(np.float64) - truth_FHW3.astype(np.float64)) / 255
-    return -10 * np.log10(np.maximum((error**2).mean((1, 2, 3)), 1e-10))
+    off = np.subtract(frames_FHW3, truth_FHW3, dtype=np.int32).reshape(len(frames_FHW3), -1)
+    squares = np.einsum("fn,fn->f", off, off, dtype=np.int64) / (255**2 * off.shape[1])
+    return -10 * np.log10(np.maximum(squares, 1e-10))
 
 
 def ssim(frames_FHW3: Pixels, truth_FHW3: Pixels, uniform: bool = False) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ networks in <key>.features.npz beside the video:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float, float | None]] = {
     "overall_consistency": (0.0, 0.364, None),
     "temporal_style": (0.0, 0.364, None),
 }
+SCORED = {name for name, (_, _, weight) in RANGES.items() if weight is not None}
 SHAPES = {"subject": 2, "background": 2, "interpolated": 4, "flow": 1, "aesthetic": 1, "imaging": 1, "video": 2,
           "text": 2, "style": 2}  # fmt: skip
 
@@ -83,23 +84,18 @@ def scores(frames_FHW3: NDArray[np.uint8], given: Mapping[str, NDArray[Any]]) ->
         if name in ("subject", "background", "aesthetic", "imaging") and len(x) != count:
             raise ValueError(f"features {name} has {len(x)} rows; the video has {count} frames")
     found = {"temporal_flickering": flickering(frames_FHW3)}
-    for name, reduce in (
-        ("subject", lambda x: ("subject_consistency", consistency(x))),
-        ("background", lambda x: ("background_consistency", consistency(x))),
-        ("interpolated", lambda x: ("motion_smoothness", smoothness(frames_FHW3, x))),
-        ("flow", lambda x: ("dynamic_degree", moves(x, frames_FHW3.shape[1:3]))),
-        ("aesthetic", lambda x: ("aesthetic_quality", float(np.mean(x)) / 10)),
-        ("imaging", lambda x: ("imaging_quality", float(np.mean(x)) / 100)),
-        ("text", lambda x: ("overall_consistency", alignment(given["video"], x))),
-        ("style", lambda x: ("temporal_style", alignment(given["video"], x))),
-    ):
-        if name in given and (name not in ("text", "style") or "video" in given):
-            dimension, value = reduce(given[name])
-            found[dimension] = value
+    reducers: dict[str, tuple[str, Callable[[NDArray[Any]], float]]] = {
+        "subject": ("subject_consistency", consistency), "background": ("background_consistency", consistency),
+        "interpolated": ("motion_smoothness", lambda x: smoothness(frames_FHW3, x)),
+        "flow": ("dynamic_degree", lambda x: moves(x, frames_FHW3.shape[1:3])),
+        "aesthetic": ("aesthetic_quality", lambda x: float(np.mean(x)) / 10),
+        "imaging": ("imaging_quality", lambda x: float(np.mean(x)) / 100),
+    }  # fmt: skip
+    if "video" in given:
+        reducers |= {name: (dimension, lambda x: alignment(given["video"], x))
+                     for name, dimension in (("text", "overall_consistency"), ("style", "temporal_style"))}  # fmt: skip
+    found |= {dimension: reduce(given[name]) for name, (dimension, reduce) in reducers.items() if name in given}
     return found | ({"vbench_quality": quality(found)} if found.keys() >= SCORED else {})
-
-
-SCORED = {name for name, (_, _, weight) in RANGES.items() if weight is not None}
 
 
 def quality(found: Mapping[str, float]) -> float:

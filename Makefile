@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/world_model/tiny/seed1
 TIMES := [1.0,0.947,0.857,0.667,0.0]
-FIRST := $(RUN)/bench/smoke/truth/val-000002.mp4
+FIRST := $(RUN)/bench/smoke/truth/val-000007.mp4
 
 .PHONY: demo chain stories test test-slow test-gpu test-multigpu lint clean
 

@@ -2,12 +2,13 @@
 
     python -m benchmarks.speed.streaming --size 2b6 --seconds 60                        # world model, 704x1280, one GPU
     python -m benchmarks.speed.streaming --size 1b3 --memory routed --seconds 120       # causal video, 480x832, one GPU
-    python -m benchmarks.speed.streaming --size tiny --seconds 120                      # world model, two CPU cores
+    python -m benchmarks.speed.streaming --size tiny --seconds 120 --repeats 9          # world model, two CPU cores
     python -m benchmarks.speed.streaming --size causal_tiny --memory full --recompute   # causal video, two CPU cores
 
 A chunk is four denoising calls and the clean pass that commits it. Writes JSON with device and versions to --out; the
 memory is what stands allocated after a chunk (GPU: peak while it was made). --decode adds a VAE folder's time (LTX-2's
-or Wan's). --memory: what the causal video model remembers. --recompute: beside it, what a chunk's denoising call costs
+or Wan's). --repeats: rollouts in turn; a chunk's time is the median of them, and the last ten chunks over the first ten
+have a spread, for a machine's noise is larger than a few percent of a second. --memory: what the causal video model remembers. --recompute: beside it, what a chunk's denoising call costs
 without a memory, as one masked call over all frames so far.
 """
 
@@ -136,9 +137,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         codec = kind(args.decode, device=args.device, dtype="bfloat16")
     noise = frame_noise([0], (model.in_channels, *size.grid), args.device)
     sigmas = few_step_sigmas(4, 8.0).to(args.device)
-    rows: list[dict[str, float]] = []
+    rollouts: list[list[dict[str, float]]] = []
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-        for part in (cond.frames(0, 1 + 3 * CHUNK), cond):  # a warm-up over three chunks, then all
+        for part in (cond.frames(0, 1 + 3 * CHUNK), *[cond] * args.repeats):  # a warm-up over three chunks, then all
             rows, decode = [], codec.stream() if codec else None
             allocated(args.device)
             mark = time.perf_counter()
@@ -152,23 +153,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     {"dit_s": made - mark, "decode_s": time.perf_counter() - made, "gib": allocated(args.device)}
                 )
                 mark = time.perf_counter()
+            rollouts.append(rows)
         extra = {"recomputed": recomputed(model, cond, size, args.device)} if args.recompute else {}
-    return {**summary(args, size, frames, rows), **extra}
+    return {**summary(args, size, frames, rollouts[1:]), **extra}
 
 
-def summary(args: argparse.Namespace, size: Size, frames: int, rows: list[dict[str, float]]) -> dict[str, Any]:
+def growth(dit: list[float]) -> float:
+    """The last ten chunks' time over the first ten's; the very first is a frame longer and left out."""
+    return statistics.median(dit[-10:]) / statistics.median(dit[1:11])
+
+
+def summary(
+    args: argparse.Namespace, size: Size, frames: int, rollouts: list[list[dict[str, float]]]
+) -> dict[str, Any]:
+    rows = [{k: statistics.median(row[k] for row in same) for k in same[0]} for same in zip(*rollouts)]
     dit = [row["dit_s"] for row in rows]
-    later = dit[1:]  # the first chunk is a frame longer
-    first, last = statistics.median(later[:10]), statistics.median(later[-10:])
+    later, grown = dit[1:], sorted(growth([row["dit_s"] for row in one]) for one in rollouts)
     found = {
         "size": args.size, "memory": args.memory if size.model is CausalVideo else None,
         "place": args.place if size.model is CausalVideo else None,
         "seconds": (1 + (frames - 1) * size.stride) / size.fps, "chunks": len(rows), "compiled": args.compile,
         "first_chunk_s": dit[0], "chunk_p50_s": statistics.median(later),
         "chunk_p95_s": sorted(later)[int(0.95 * (len(later) - 1))], "dit_total_s": sum(dit),
-        "decode_total_s": sum(row["decode_s"] for row in rows), "last_ten_over_first_ten": last / first,
-        "gib_after_three_chunks": rows[2]["gib"], "gib_at_the_end": rows[-1]["gib"],
-        "gib_peak": max(row["gib"] for row in rows),
+        "decode_total_s": sum(row["decode_s"] for row in rows), "last_ten_over_first_ten": growth(dit),
+        "last_ten_over_first_ten_by_rollout": grown, "gib_after_three_chunks": rollouts[0][2]["gib"],
+        "gib_at_the_end": rollouts[-1][-1]["gib"], "gib_peak": max(row["gib"] for one in rollouts for row in one),
     }  # fmt: skip
     print(json.dumps(found, indent=1))
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -181,6 +190,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", default="tiny", choices=list(SIZES))
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--memory", default="routed", choices=list(MEMORY))
     parser.add_argument("--place", default="device", choices=PLACES, help="of what has left the window")
     parser.add_argument("--recompute", action="store_true")

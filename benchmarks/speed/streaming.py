@@ -8,8 +8,9 @@
 A chunk is four denoising calls and the clean pass that commits it. Writes JSON with device and versions to --out; the
 memory is what stands allocated after a chunk (GPU: peak while it was made). --decode adds a VAE folder's time (LTX-2's
 or Wan's). --repeats: rollouts in turn; a chunk's time is the median of them, and the last ten chunks over the first ten
-have a spread, for a machine's noise is larger than a few percent of a second. --memory: what the causal video model remembers. --recompute: beside it, what a chunk's denoising call costs
-without a memory, as one masked call over all frames so far.
+have a spread, for a machine's noise is larger than a few percent of a second. --memory: what the causal video model
+remembers. --recompute: beside it, what a chunk's denoising call costs without a memory, as one masked call over all
+frames so far.
 """
 
 from __future__ import annotations

@@ -228,14 +228,17 @@ def test_the_other_mapper_is_asked_where_the_first_fails_and_the_better_one_is_t
     assert best is found[chosen] if chosen else "no structure was found from 10.0 pixels" in best.reason
 
 
-@pytest.mark.parametrize(("agreements", "told"), [((0.72, 0.74), "differ by 2.0 degrees"), ((0.5, 0.95), "")])
-def test_cameras_that_two_mappers_tell_differently_are_refused_unless_sure(monkeypatch, agreements, told):
+@pytest.mark.parametrize(
+    ("agreements", "refused", "told"),
+    [((0.72, 0.74), "", "differ by 2.0 degrees"), ((0.5, 0.95), "", ""), ((0.5, 0.74), "explain 50 %", "")],
+)
+def test_cameras_that_two_mappers_tell_differently_are_refused_unless_sure(monkeypatch, agreements, refused, told):
     poses = np.stack([turning(4, np.random.default_rng(0))] * 2)
     turns = Rotation.from_euler("y", np.array([[0], [2], [4], [6]]), degrees=True).as_matrix()
     poses[1, :, :3, :3] = turns @ poses[1, :, :3, :3]
     found = {
-        way: dataclasses.replace(empty(4), c2w=c2w, registered=1.0, agreement=agreement)
-        for way, c2w, agreement in zip(module.MAPPERS, poses, agreements)
+        way: dataclasses.replace(empty(4), c2w=c2w, registered=1.0, agreement=agreement, reason=reason)
+        for way, c2w, agreement, reason in zip(module.MAPPERS, poses, agreements, (refused, ""))
     }
     monkeypatch.setattr(module, "_match", lambda *args: {(0, 1): ()})
     monkeypatch.setattr(module, "_rotations", lambda *args: (empty(4), 10.0))

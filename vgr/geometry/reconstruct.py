@@ -44,11 +44,12 @@ SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard devi
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
 # Right cameras agree by 0.74 (much sky, which goes with the eye) to 0.98, wrong ones by up to 0.74: between the limits
-# only what both mappers tell alike is taken.
+# only what both mappers tell alike is taken, unless one of them is refused by itself.
 MIN_AGREEMENT, _SURE, MAX_APART_DEG = 0.7, 0.9, 1.0
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 _MIN_MATCHES = 15
+_LOSS_PX, _LEFT_IN_PX, _LEAST_ANGLE_DEG = 0.2, 1.0, 0.5  # of the last adjustment, see `_refined`
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def reconstruct(
             if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
                 break
     best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
-    if best is not None and not best.reason and len(found) == 2 and best.agreement < _SURE:
+    if best is not None and len(found) == 2 and not any(x.reason for x in found) and best.agreement < _SURE:
         a, b = (x.c2w[np.isfinite([y.c2w for y in found]).all((0, 2, 3)), :3, :3] for x in found)
         apart = np.rad2deg(Rotation.from_matrix((rotation_mean(a, b) @ a).swapaxes(1, 2) @ b).magnitude().mean())
         if not apart <= MAX_APART_DEG:
@@ -226,7 +227,27 @@ def _map(folder: Path, mapper: str, refine: bool, seed: int, insist: bool) -> py
     if not models and insist and mapper == "incremental":
         options.mapper.init_min_tri_angle, options.mapper.init_max_forward_motion = 2.0, 1.0
         models = run(folder / "database.db", folder / "images", folder / "models", options)
-    return max(models.values(), key=lambda model: model.num_reg_images(), default=None)
+    best = max(models.values(), key=lambda model: model.num_reg_images(), default=None)
+    return None if best is None else _refined(best, refine)
+
+
+def _refined(model: pycolmap.Reconstruction, refine: bool) -> pycolmap.Reconstruction | None:
+    """All cameras and points adjusted once more, twice, by a loss that soon stops caring.
+
+    The mappers leave observations in that are up to four pixels off, and things that move or go with the eye (a sky
+    that is a picture) are a pixel or two off in every frame. Without them most walks' rotations are half as far off.
+    """
+    import pycolmap
+
+    options = pycolmap.BundleAdjustmentOptions(print_summary=False, refine_focal_length=refine)
+    options.ceres.loss_function_type, options.ceres.loss_function_scale = pycolmap.LossFunctionType.CAUCHY, _LOSS_PX
+    options.ceres.solver_options.num_threads = 1
+    for _ in range(2):
+        pycolmap.bundle_adjustment(model, options)
+        pycolmap.ObservationManager(model).filter_all_points3D(_LEFT_IN_PX, _LEAST_ANGLE_DEG)
+        if not model.num_points3D():
+            return None
+    return model
 
 
 def _turns(pairs: Pairs, k: Array, size_hw: tuple[int, int]) -> tuple[dict[tuple[int, int], Array], Array]:

@@ -5,8 +5,8 @@
 Ten held-out walks that travel (a metre or more), written as mp4 and read again, taken in order of their index whatever
 comes back, then shots made to fail: walks on the spot ("look"), frames darkened to little contrast, and one frame shown
 again and again. A walk is well where every frame is registered, rotations are within 0.1 degrees on average after
-alignment by rotations, and positions within 1 % of the path's length on average. Seconds are wall time with two
-threads; cpu_s, the process's own, tells whether the machine was shared.
+alignment by rotations, and positions within 1 % of the path's length on average. Seconds are wall time of one
+thread; cpu_s, the process's own, tells whether the machine was shared.
 """
 
 from __future__ import annotations

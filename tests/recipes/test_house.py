@@ -31,7 +31,7 @@ ONLY_IN = {
     "hydra": COMMANDS,
     "wandb": {"training/tracking", "report/mirror"},
     "vizdoom": {"data/doom"},
-    "pycolmap": {"geometry/reconstruct"},
+    "pycolmap": {"geometry/mapping", "geometry/reconstruct"},
     "torch.distributed": {"parallel", "training", "metrics"},
 }
 

@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from vgr.data.worlds import Scene, Thing, textures
 from vgr.geometry import reconstruct as module
+from vgr.geometry.mapping import map_frames, match_frames
 from vgr.geometry.reconstruct import Reconstruction, reconstruct
 from vgr.metrics.camera_pose import pose_errors
 
@@ -192,10 +193,25 @@ def test_a_walk_through_a_room_comes_back_by_either_mapper_alone(walk, monkeypat
     found = reconstruct(frames, K if given else None, mapper=mapper)
     errors = pose_errors(found.c2w, c2w)
     assert found.reason == "" and found.registered == 1 and found.motion == "structure" and found.agreement > 0.9
-    assert errors["rot_mean_deg"] < 0.2 and errors["trans_mean"] < 0.01 * length  # at 320x240
+    assert errors["rot_mean_deg"] < 0.06 and errors["trans_mean"] < 0.002 * length  # 0.10 and 0.0023 without `_refined`
     np.testing.assert_allclose(found.intrinsics, K, rtol=0 if given else 0.01)
     if given:
         np.testing.assert_array_equal(reconstruct(frames, K, mapper=mapper).c2w, found.c2w)
+
+
+def test_a_map_of_near_frames_keeps_no_others_and_stands_by_itself(walk, tmp_path):
+    pycolmap, (frames, c2w, _) = pytest.importorskip("pycolmap"), walk
+    match_frames(tmp_path, frames, K, 0, 1)
+    model = map_frames(tmp_path, "global", 2, False, 0, False)
+    with pycolmap.Database.open(tmp_path / "database.db") as known:
+        pairs = [pycolmap.pair_id_to_image_pair(pair) for pair in known.read_two_view_geometries()[0]]
+    assert {abs(a - b) for a, b in pairs} == {1, 2}
+    found = np.stack([np.linalg.inv(np.vstack([i.cam_from_world().matrix(), [0, 0, 0, 1]])) for i in sorted(
+        model.images.values(), key=lambda image: image.name)])  # fmt: skip
+    assert pose_errors(found, c2w)["rot_mean_deg"] < 0.1
+
+
+ALL = ["global", "incremental", "incremental, 3", "global, 2"]
 
 
 @pytest.mark.parametrize(
@@ -205,9 +221,11 @@ def test_a_walk_through_a_room_comes_back_by_either_mapper_alone(walk, monkeypat
         ({"global": (1.0, 0.95, "jumps"), "incremental": (1.0, 0.7, "")}, ["global", "incremental"], "incremental"),
         ({"global": (0.8, 0.95, ""), "incremental": (1.0, 0.9, "")}, ["global", "incremental"], "incremental"),
         ({"global": (0.9, 0.95, ""), "incremental": (1.0, 0.75, "")}, ["global", "incremental"], "global"),
-        ({"global": (1.0, 0.4, "wrong"), "incremental": (1.0, 0.5, "wrong")}, ["global", "incremental"], "incremental"),
+        ({"global": (1.0, 0.4, "wrong"), "incremental": (1.0, 0.5, "wrong")}, ALL, "incremental"),
+        ({"global": (1.0, 0.4, "wrong"), "incremental, 3": (1.0, 0.7, "")}, ALL[:3], "incremental, 3"),
+        ({"global, 2": (0.6, 0.9, "")}, ALL, "global, 2"),
         ({"incremental": (0.6, 0.9, "")}, ["global", "incremental"], "incremental"),
-        ({}, ["global", "incremental"], None),
+        ({}, ALL, None),
     ],
 )
 def test_the_other_mapper_is_asked_where_the_first_fails_and_the_better_one_is_taken(
@@ -219,9 +237,14 @@ def test_the_other_mapper_is_asked_where_the_first_fails_and_the_better_one_is_t
         for way, (share, agreement, reason) in results.items()
     }
     calls = []
-    monkeypatch.setattr(module, "_match", lambda *args: {(0, 1): ()})
+
+    def ask(folder, way, overlap, *args, **kw):
+        calls.append(way if overlap == 5 else f"{way}, {overlap}")
+        return found.get(calls[-1])
+
+    monkeypatch.setattr(module, "match_frames", lambda *args: {(0, 1): ()})
     monkeypatch.setattr(module, "_rotations", lambda *args: (empty(3), 10.0))
-    monkeypatch.setattr(module, "_map", lambda folder, way, *args, **kw: calls.append(way) or found.get(way))
+    monkeypatch.setattr(module, "map_frames", ask)
     monkeypatch.setattr(module, "_structure", lambda model, *args: model)
     best = reconstruct(np.zeros((3, 8, 8, 3), np.uint8), K)
     assert calls == asked
@@ -240,9 +263,9 @@ def test_cameras_that_two_mappers_tell_differently_are_refused_unless_sure(monke
         way: dataclasses.replace(empty(4), c2w=c2w, registered=1.0, agreement=agreement, reason=reason)
         for way, c2w, agreement, reason in zip(module.MAPPERS, poses, agreements, (refused, ""))
     }
-    monkeypatch.setattr(module, "_match", lambda *args: {(0, 1): ()})
+    monkeypatch.setattr(module, "match_frames", lambda *args: {(0, 1): ()})
     monkeypatch.setattr(module, "_rotations", lambda *args: (empty(4), 10.0))
-    monkeypatch.setattr(module, "_map", lambda folder, way, *args, **kw: way)
+    monkeypatch.setattr(module, "map_frames", lambda folder, way, *args, **kw: way)
     monkeypatch.setattr(module, "_structure", lambda way, *args: found[way])
     best = reconstruct(np.zeros((4, 8, 8, 3), np.uint8), K)
     assert best.agreement == agreements[1] and (told in best.reason if told else best.reason == "")

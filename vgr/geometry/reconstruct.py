@@ -4,7 +4,8 @@ pycolmap: SIFT of at most 2000 features a frame, matched with the next five, one
 are not matched: where textures repeat, as in a game's, more than half of such matches are of another tile, and they
 measured 12 degrees of error in place of 0.02; of the nearer pairs those go that the frames between contradict. Mapped
 globally, and also incrementally where that leaves frames out or matches of neighbouring frames unexplained: the two go
-wrong on different walks. The better cameras are taken, and refused if they leave many unexplained. Frames that only
+wrong on different walks. Where both do, from frames at most three and two apart. The better cameras are taken, and
+refused if they leave many unexplained. Frames that only
 turn, where no translation can be seen, get rotations from the matches alone: the turn between two frames that best
 carries unit bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average.
 Half a second to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,25 +32,23 @@ from scipy.spatial.transform import Rotation
 from vgr.geometry.alignment import rotation_mean, turn_between
 from vgr.geometry.cameras import fov_deg, from_fov, interpolate
 from vgr.geometry.checks import FOV_DEG
-from vgr.geometry.matches import Pairs, contradicted, explained
+from vgr.geometry.conventions import Array
+from vgr.geometry.mapping import OVERLAP, map_frames, match_frames
+from vgr.geometry.matches import Pairs, explained
 
 if TYPE_CHECKING:
     import pycolmap
 
-Array = NDArray[np.float64]
-
 MAPPERS = ("global", "incremental")
-FEATURES, OVERLAP = 2000, 5
+_THEN = (("incremental", 3), ("global", 2))  # and how far apart frames may be, where no way brought right cameras
 SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
-# Right cameras agree by 0.74 (much sky, which goes with the eye) to 0.98, wrong ones by up to 0.74: between the limits
-# only what both mappers tell alike is taken, unless one of them is refused by itself.
-MIN_AGREEMENT, _SURE, MAX_APART_DEG = 0.7, 0.9, 1.0
+# Right cameras agree by 0.69 (much sky, which goes with the eye) to 0.98, most wrong ones by 0.53 at most, but 0.74 was
+# seen: between the limits only what both mappers tell alike is taken, unless one of them is refused by itself.
+MIN_AGREEMENT, _SURE, MAX_APART_DEG = 0.65, 0.9, 1.0
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
-_MIN_MATCHES = 15
-_LOSS_PX, _LEFT_IN_PX, _LEAST_ANGLE_DEG = 0.2, 1.0, 0.5  # of the last adjustment, see `_refined`
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Reconstruction:
 
 def reconstruct(
     frames_FHW3: ArrayLike, intrinsics: ArrayLike | None = None, *, mapper: str = "global",
-    depth_m: float | ArrayLike | None = None, seed: int = 0, threads: int = 2,
+    depth_m: float | ArrayLike | None = None, seed: int = 0, threads: int = 1,
 ) -> Reconstruction:
     """Cameras of one shot, frames (F,H,W,3) uint8, F >= 2.
 
@@ -87,7 +86,8 @@ def reconstruct(
     is estimated (`vgr.data.video` gives frames whose pixels are square). mapper: the one of MAPPERS to ask first.
     depth_m gives metres: the median depth of what the shot shows, or planar depth maps (F,h,w) in metres of any size
     (0, negative or not finite: unknown). A failure is a result with a reason, never an error; ValueError is for
-    arguments. Equal arguments give equal results. threads: of features and matching.
+    arguments. Equal arguments give equal results, by one thread: features and matching by more are faster, but the
+    OpenBLAS within pycolmap 4.2.1 is not made for it ("Bad memory unallocation"), and one result in fifty differed.
     """
     frames, k, depth = _checked(frames_FHW3, intrinsics, mapper, depth_m)
     failed = Reconstruction(
@@ -96,22 +96,26 @@ def reconstruct(
     )
     with tempfile.TemporaryDirectory(prefix="vgr-poses-") as name:
         folder = Path(name)
-        pairs = _match(folder, frames, k, seed, threads)
+        pairs = match_frames(folder, frames, k, seed, threads)
         if not pairs:
             return replace(failed, reason="no two frames share enough features: too little texture, or too fast")
         turned, parallax_px = _rotations(pairs, failed, frames.shape[1:3])
         if parallax_px < _TURNED_PX:
             return _judged(turned)
         found: list[Reconstruction] = []
-        for way in sorted(MAPPERS, key=lambda name: name != mapper):
-            model = _map(folder, way, k is None, seed, insist=parallax_px >= _NEARLY_TURNED_PX)
+        ways = [(way, OVERLAP) for way in sorted(MAPPERS, key=lambda name: name != mapper)]
+        for i, (way, overlap) in enumerate((*ways, *_THEN)):
+            if i >= len(ways) and any(not one.reason for one in found):
+                break
+            model = map_frames(folder, way, overlap, k is None, seed, insist=parallax_px >= _NEARLY_TURNED_PX)
             if model is not None:
                 found.append(_structure(model, failed, frames.shape[1:3], depth, pairs))
             if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
                 break
     best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
-    if best is not None and len(found) == 2 and not any(x.reason for x in found) and best.agreement < _SURE:
-        a, b = (x.c2w[np.isfinite([y.c2w for y in found]).all((0, 2, 3)), :3, :3] for x in found)
+    right = [one for one in found if not one.reason]
+    if best is not None and len(right) == 2 and best.agreement < _SURE:
+        a, b = (x.c2w[np.isfinite([y.c2w for y in right]).all((0, 2, 3)), :3, :3] for x in right)
         apart = np.rad2deg(Rotation.from_matrix((rotation_mean(a, b) @ a).swapaxes(1, 2) @ b).magnitude().mean())
         if not apart <= MAX_APART_DEG:
             best = replace(best, reason=f"two ways of mapping differ by {apart:.1f} degrees, and neither is sure")
@@ -157,97 +161,6 @@ def _checked(
     ):
         raise ValueError(f"depth_m must be metres > 0 or maps ({len(frames)}, h, w); got {depth_m!r:.60}")
     return frames, k, depth
-
-
-def _match(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, threads: int) -> Pairs:
-    """Features and their verified matches, in `folder`/database.db, and the matches by pairs of frames."""
-    import cv2
-    import pycolmap
-
-    pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
-    pycolmap.set_random_seed(seed)
-    images, database = folder / "images", folder / "database.db"
-    images.mkdir()
-    for i, frame in enumerate(frames):
-        cv2.imwrite(str(images / f"{i:06d}.png"), frame[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    reader, extraction = pycolmap.ImageReaderOptions(), pycolmap.FeatureExtractionOptions()
-    reader.camera_model = "SIMPLE_PINHOLE" if k is None else "PINHOLE"
-    if k is not None:
-        reader.camera_params = ",".join(f"{v:.17g}" for v in k * np.tile(frames.shape[2:0:-1], 2))
-    extraction.sift.max_num_features, extraction.num_threads = FEATURES, threads
-    # The images first, in order: extraction on two threads numbers them as they are done, and results depend on that.
-    single = pycolmap.CameraMode.SINGLE
-    pycolmap.Database.open(database).close()
-    pycolmap.import_images(database, images, camera_mode=single, options=reader)
-    pycolmap.extract_features(
-        database, images, camera_mode=single, reader_options=reader, extraction_options=extraction,
-        device=pycolmap.Device.cpu,
-    )
-    matching, pairing = pycolmap.FeatureMatchingOptions(), pycolmap.SequentialPairingOptions()
-    verification = pycolmap.TwoViewGeometryOptions()
-    matching.num_threads = pairing.num_threads = threads
-    pairing.overlap, pairing.quadratic_overlap = OVERLAP, False
-    verification.ransac.random_seed, verification.ransac.max_error = seed, 2.0
-    pycolmap.match_sequential(database, matching, pairing, verification, device=pycolmap.Device.cpu)
-    with pycolmap.Database.open(database) as known:
-        index = {image.image_id: int(Path(image.name).stem) for image in known.read_all_images()}
-        points = {i: known.read_keypoints(image)[:, :2].astype(np.float64) for image, i in index.items()}
-        image_of, matches = {i: image for image, i in index.items()}, {}
-        for pair, geometry in zip(*known.read_two_view_geometries()):
-            a, b = (index[image] for image in pycolmap.pair_id_to_image_pair(pair))
-            if len(geometry.inlier_matches) >= _MIN_MATCHES:
-                matches[min(a, b), max(a, b)] = geometry.inlier_matches[:, :: 1 if a < b else -1].astype(np.int64)
-        for a, b in contradicted(matches):
-            known.delete_two_view_geometry(image_of[a], image_of[b])
-            del matches[a, b]
-    return {(a, b): (points[a][both[:, 0]], points[b][both[:, 1]]) for (a, b), both in matches.items()}
-
-
-def _map(folder: Path, mapper: str, refine: bool, seed: int, insist: bool) -> pycolmap.Reconstruction | None:
-    """The largest model of the matches in the folder's database. By one thread: with two, equal runs differ."""
-    import pycolmap
-
-    if mapper == "incremental":
-        options = pycolmap.IncrementalPipelineOptions()
-        options.extract_colors = False
-        options.ba_refine_focal_length = options.mapper.abs_pose_refine_focal_length = refine
-        options.mapper.num_threads, options.mapper.random_seed = 1, seed
-        options.triangulation.random_seed = seed
-        run: Callable[..., dict[int, Any]] = pycolmap.incremental_mapping
-    else:
-        if refine:
-            pycolmap.calibrate_view_graph(folder / "database.db")
-        options = pycolmap.GlobalPipelineOptions()
-        options.mapper.bundle_adjustment.refine_focal_length = refine
-        options.mapper.num_threads, options.mapper.random_seed = 1, seed
-        run = pycolmap.global_mapping
-    options.num_threads, options.random_seed = 1, seed
-    models = run(folder / "database.db", folder / "images", folder / "models", options)
-    # A walk straight ahead, or a short one: COLMAP trusts no such pair of frames to start from.
-    if not models and insist and mapper == "incremental":
-        options.mapper.init_min_tri_angle, options.mapper.init_max_forward_motion = 2.0, 1.0
-        models = run(folder / "database.db", folder / "images", folder / "models", options)
-    best = max(models.values(), key=lambda model: model.num_reg_images(), default=None)
-    return None if best is None else _refined(best, refine)
-
-
-def _refined(model: pycolmap.Reconstruction, refine: bool) -> pycolmap.Reconstruction | None:
-    """All cameras and points adjusted once more, twice, by a loss that soon stops caring.
-
-    The mappers leave observations in that are up to four pixels off, and things that move or go with the eye (a sky
-    that is a picture) are a pixel or two off in every frame. Without them most walks' rotations are half as far off.
-    """
-    import pycolmap
-
-    options = pycolmap.BundleAdjustmentOptions(print_summary=False, refine_focal_length=refine)
-    options.ceres.loss_function_type, options.ceres.loss_function_scale = pycolmap.LossFunctionType.CAUCHY, _LOSS_PX
-    options.ceres.solver_options.num_threads = 1
-    for _ in range(2):
-        pycolmap.bundle_adjustment(model, options)
-        pycolmap.ObservationManager(model).filter_all_points3D(_LEFT_IN_PX, _LEAST_ANGLE_DEG)
-        if not model.num_points3D():
-            return None
-    return model
 
 
 def _turns(pairs: Pairs, k: Array, size_hw: tuple[int, int]) -> tuple[dict[tuple[int, int], Array], Array]:

@@ -105,8 +105,7 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
             for number, item in enumerate(items, visit * source.clips_per_visit):
                 if number in numbers:
                     writer.at = number // samples_per_shard
-                    shots = item["meta"]["shots"]
-                    states = None if text is None else text(tuple(shot["caption"] for shot in shots))
+                    states = None if text is None else text(tuple(s["caption"] for s in item["meta"]["shots"]))
                     writer.add(f"{split}-{number:06d}", **item, text=states)
                     progress(1)
     if part is None:

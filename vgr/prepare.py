@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from vgr.data.folder import FolderSource
+    from vgr.data.latent_zips import LatentZips
     from vgr.training.pairs import Pairs
     from vgr.training.teacher_paths import TeacherPaths
 
@@ -39,6 +40,8 @@ def body(cfg: DictConfig) -> None:
     source = instantiate(cfg.source)
     if cfg.codec is None:  # the source brings latents of its own
         for split, clips in (("val", cfg.val_clips), ("train", cfg.train_clips)):
+            if hasattr(source, "count"):
+                clips = min(source.count(split), math.inf if clips is None else clips)
             if clips:
                 write_made(source, Path(cfg.out) / split, clips, cfg)
         return
@@ -112,8 +115,8 @@ def read_text(cfg: DictConfig) -> dict[str, Any]:
     return {"text": encode, "text_made_by": {"class": name, "config": encoder.config}}
 
 
-def write_made(source: TeacherPaths | Pairs, folder: Path, clips: int, cfg: DictConfig) -> None:
-    """A teacher's trajectories, or pairs, on a GPU where there is one."""
+def write_made(source: TeacherPaths | Pairs | LatentZips, folder: Path, clips: int, cfg: DictConfig) -> None:
+    """A teacher's trajectories or pairs, on a GPU where there is one, or published latents."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

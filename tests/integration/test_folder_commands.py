@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -106,6 +107,45 @@ def test_the_page_shows_the_data_and_escapes_what_captions_say(project):
     assert html.count('<svg viewBox="0 0 100 75"') == sum(len(Shards(folder / "shards" / s)) for s in ("train", "val"))
     assert "src=\"data:image/png" in html and "http" not in html.replace("http-equiv", "")
     assert "exit code 2" in vgr_prepare(folder, "inspect=videos")
+
+
+def test_published_latents_become_the_shards_they_came_from(project):
+    """The set's own latents, cameras and captions, packed as the world model's example set is."""
+    folder, _ = project
+    sets = [Shards(folder / "shards" / split) for split in ("train", "val")]
+    samples = [s.read(i) for s in sets for i in range(len(s))]
+    for name in ("raw", "latents"):
+        (folder / f"zips/{name}").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "zips/raw/x.zip", "w") as raw, zipfile.ZipFile(folder / "zips/latents/x.zip",
+                                                                                 "w") as latents:
+        for x in samples:
+            told = {"height": 32, "width": 32, "prompt": x.meta["shots"][0]["caption"]}
+            raw.writestr(f"{x.key}.json", json.dumps(told))
+            with latents.open(f"{x.key}.npz", "w") as file:
+                np.savez(file, z=x.latents)
+    np.savez(
+        folder / "zips/raw/x_camera.npz", ids=np.array([x.key for x in samples]),
+        ranges=np.array([[17 * i, 17] for i in range(len(samples))]), pose=np.concatenate([x.c2w for x in samples]),
+        intrinsics=np.concatenate([x.intrinsics * 32 for x in samples]),
+    )  # fmt: skip
+    (folder / "zips/raw/x_metric_scale_stats.json").write_text(json.dumps({x.key: 1.0 for x in samples}))
+    codec = [f"source.{x}" if x.startswith("codec.") else x for x in SETTINGS if x.startswith("codec.")]
+    words = ("data=latent_zips", "codec@source.codec=cosine_small", "source.raw=zips/raw", "out=unpacked",
+             "source.latents=zips/latents", "source.frames=17", "source.size_hw=[32,32]", "source.fps=8",
+             "source.val_share=0.3", *codec)  # fmt: skip
+    text = vgr_prepare(folder, *words)
+    assert "exit code" not in text, text
+    again = [Shards(folder / "unpacked" / split) for split in ("train", "val")]
+    assert again[0].fingerprint == sets[0].fingerprint and sum(map(len, again)) == len(samples)
+    found = {x.meta["source"]["key"]: x for s in again for x in (s.read(i) for i in range(len(s)))}
+    for x in samples:
+        np.testing.assert_array_equal(found[x.key].latents, x.latents)
+        np.testing.assert_allclose(found[x.key].c2w, x.c2w, atol=1e-12)
+        assert found[x.key].meta["shots"] == x.meta["shots"]
+    assert vgr_prepare(folder, *words).count("nothing to do") == 2
+    done = train(folder, "data.train=unpacked/train", "data.val=unpacked/val", "data.workers=0", "data.val_clips=2",
+                 "training.max_samples=16", "experiments=mini", "seed=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_jobs_of_an_array_make_the_set_that_one_command_makes(project):

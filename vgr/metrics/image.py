@@ -10,9 +10,11 @@ Pixels = NDArray[np.uint8]
 
 def psnr(frames_FHW3: Pixels, truth_FHW3: Pixels) -> NDArray[np.float64]:
     """PSNR of every frame in dB, (F,), at most 100; a video's value is the mean of these, not of squared errors."""
-    off = np.subtract(frames_FHW3, truth_FHW3, dtype=np.int32).reshape(len(frames_FHW3), -1)
-    squares = np.einsum("fn,fn->f", off, off, dtype=np.int64) / (255**2 * off.shape[1])
-    return -10 * np.log10(np.maximum(squares, 1e-10))
+    import cv2
+
+    pairs = zip(map(np.ascontiguousarray, frames_FHW3), map(np.ascontiguousarray, truth_FHW3), strict=True)
+    squares = np.array([cv2.norm(a, b, cv2.NORM_L2SQR) / a.size for a, b in pairs])  # of whole numbers, exact
+    return -10 * np.log10(np.maximum(squares / 255**2, 1e-10))
 
 
 def ssim(frames_FHW3: Pixels, truth_FHW3: Pixels, uniform: bool = False) -> NDArray[np.float64]:

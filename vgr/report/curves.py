@@ -15,7 +15,8 @@ _W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 230, 50, 10, 12, 34
 
 
 class Line(NamedTuple):
-    """One line: style is a CSS class (its colour), low and high the ends of a band around y, if given."""
+    """One line: style is a CSS class (its colour), low and high the ends of a band around y, if given. With a label
+    its points are circles named so, low and high a bar through each."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -23,6 +24,7 @@ class Line(NamedTuple):
     low: Sequence[float | None] = ()
     high: Sequence[float | None] = ()
     thin: bool = False
+    label: str = ""
 
 
 def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -> Markup | str:
@@ -36,6 +38,9 @@ def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -
         return ""
     heights = [v for p in every for v in p[1:] if _finite(v)] + ([0.0] if zero else [])
     x0, x1 = min(p[0] for p in every), max(p[0] for p in every)
+    x_ticks = _ticks(x0, x1)
+    if any(line.label for line in lines):  # circles stand clear of the edges
+        x0, x1 = x_ticks[0], x_ticks[-1]
     y_ticks = _ticks(min(heights), max(heights))
     y0, y1 = y_ticks[0], y_ticks[-1]
 
@@ -49,13 +54,17 @@ def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -
     for y in y_ticks:
         parts.append(f'<path class="axis" d="M{px(x0)},{py(y)} H{px(x1)}"/>')
         parts.append(f'<text x="{_LEFT - 7}" y="{py(y) + 4}" text-anchor="end">{y:g}</text>')
-    for x in (x for x in _ticks(x0, x1) if x0 <= x <= x1):
+    for x in (x for x in x_ticks if x0 <= x <= x1):
         text = f"{x / 1000:g}k" if x >= 10000 else f"{x:g}"
         parts.append(f'<text x="{px(x)}" y="{_H - 16}" text-anchor="middle">{text}</text>')
     parts.append(f'<text x="{_W - _RIGHT}" y="{_H - 2}" text-anchor="end">{escape(x_label)}</text>')
     if zero:
         parts.append(f'<path class="zero" d="M{px(x0)},{py(0)} H{px(x1)}"/>')
+    named: list[tuple[float, float, float, float, Line]] = []
     for line, points in data:
+        if line.label:
+            named += [(py(y), px(x), *(py(v if _finite(v) else y) for v in ends), line) for x, y, *ends in points]
+            continue
         band = [p for p in points if _finite(p[2]) and _finite(p[3])]
         if band:
             outline = [(p[0], p[3]) for p in band] + [(p[0], p[2]) for p in reversed(band)]
@@ -63,8 +72,28 @@ def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -
             parts.append(f'<polygon class="band {line.style}" points="{dots}"/>')
         dots = " ".join(f"{px(p[0])},{py(p[1])}" for p in points)
         parts.append(f'<polyline class="line {line.style}{" thin" if line.thin else ""}" points="{dots}"/>')
+    parts += _named(named)
     figure = f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return Markup(f"<figure>{figure}<figcaption>{escape(title)}</figcaption></figure>")
+
+
+def _named(points: list[tuple[float, float, float, float, Line]]) -> list[str]:
+    """Circles at (y, x, low, high, line), bars through them, and names beside them, each a line below the one before."""
+    parts, below = [], 0.0
+    for y, x, low, high, line in sorted(points, key=lambda p: p[0]):
+        below = max(y + 4, below + 13)
+        side, anchor = (9, "start") if x < _W / 2 else (-9, "end")
+        name = escape(line.label if len(line.label) < 33 else f"{line.label[:31]}…")
+        parts.append(f'<path class="line {line.style}" d="M{x},{low} V{high}"/>')
+        parts.append(f'<circle class="point {line.style}" cx="{x}" cy="{y}" r="4.5"/>')
+        parts.append(f'<text x="{x + side:.1f}" y="{below:.1f}" text-anchor="{anchor}">{name}</text>')
+    return parts
+
+
+def steps(values: Sequence[float], style: str) -> Line:
+    """The share of values that are no larger, over the values: their empirical distribution as a line of steps."""
+    count = len(values)
+    return Line(np.sort(values).repeat(2).tolist(), (np.arange(count + 1).repeat(2)[1:-1] / count).tolist(), style)
 
 
 def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:

@@ -125,7 +125,7 @@ def _speed(sample: Sample) -> tuple[float, float]:
 def _clip(shards: Shards, index: int, sample: Sample) -> dict[str, Any]:
     """Its caption, its path from above and, where its video was kept, a row of its pictures."""
     data = shards.read_video_bytes(index)
-    source, told = sample.meta["source"], ("file", "start_s", "map", "scene", "mood")
+    source, told = sample.meta["source"], ("file", "key", "start_s", "map", "scene", "mood")
     told = ", ".join(f"at {source[k]:.1f} s" if k == "start_s" else str(source[k]) for k in told if k in source)
     caption = " / ".join(x["caption"] or "no caption" for x in sample.meta["shots"])
     return {"key": sample.key, "caption": caption, "source": told, "path": path_from_above(sample.c2w),
@@ -142,16 +142,17 @@ def _sheet(frames_FHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _dropped(folder: Path) -> list[dict[str, Any]]:
-    """By rule: how many stretches, seconds of them, the limit, and the first few."""
+    """By rule: how many stretches or clips, seconds of them, the limit, and the first few."""
     path = folder / "dropped.json"
     rules: dict[str, dict[str, Any]] = {}
     for x in json.loads(path.read_text()) if path.is_file() else []:
         row = rules.setdefault(x["rule"], {"rule": x["rule"], "count": 0, "seconds": 0.0, "limit": _limit(x["limit"]),
                                            "first": []})
-        row["count"], row["seconds"] = row["count"] + 1, row["seconds"] + x["end_s"] - x["start_s"]
+        row["count"], row["seconds"] = row["count"] + 1, row["seconds"] + x.get("end_s", 0) - x.get("start_s", 0)
         if len(row["first"]) < 3:
-            row["first"].append(f"{x['file']} at {x['start_s']:.1f} s: {x['value']}")
-    return sorted(rules.values(), key=lambda row: -row["seconds"])
+            at = f"at {x['start_s']:.1f} s" if "start_s" in x else x["key"]  # a whole clip of a zip
+            row["first"].append(f"{x['file']} {at}: {x['value']}")
+    return sorted(rules.values(), key=lambda row: (-row["seconds"], -row["count"]))
 
 
 def _limit(limit: list[float | None] | None) -> str:

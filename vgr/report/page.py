@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vgr.data.files import atomic, read_lines, write_text
+from vgr.metrics import frame_rate
 from vgr.report import media
-from vgr.report.curves import Line, chart, path_from_above, smooth
-from vgr.report.sets import VideoSet
+from vgr.report.curves import Line, chart, path_from_above, smooth, steps
+from vgr.report.sets import VideoSet, timings
 
 GAIN = "val/camera_gain"
 
@@ -23,8 +26,6 @@ def write(path: Path, run_dir: Path | None, results: dict[str, Any], sets: dict[
     run_dir: the run's folder, for its curves (metrics.jsonl) and settings (config.yaml), None for videos made
     elsewhere.
     """
-    from jinja2 import Environment, FileSystemLoader
-
     history = read_lines(run_dir / "metrics.jsonl") if run_dir else []
     # Evenly over the clips sorted by the model's PSNR (or as they come), so that nobody picks the good ones.
     keys = sorted(results["clips"], key=lambda k: -results["psnr_by_clip"].get(k, 0.0))
@@ -35,11 +36,9 @@ def write(path: Path, run_dir: Path | None, results: dict[str, Any], sets: dict[
     padded = [np.pad(x, ((0, 6), (0, width - x.shape[1]), (0, 0))) for x in sheets.values()]
     with atomic(path.parent / "contact_sheet.png") as file:
         file.write(media.png(np.concatenate(padded)[:-6]))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": figure, "interval": interval}
-    html = environment.get_template("page.html").render(
+    model, label = sets["model"], results["rows"]["model"]["label"]
+    html = render(
+        "page.html",
         r=results,
         title=_title(run_dir, results),
         seconds=results["frames"] / results["fps"],
@@ -47,13 +46,28 @@ def write(path: Path, run_dir: Path | None, results: dict[str, Any], sets: dict[
         tiles=_tiles(results, history),
         clips=[_clip(results, sets, k) for k in shown],
         sheets={k: media.data_uri("image/png", media.png(x)) for k, x in sheets.items()},
-        sections=[over_time(results), training(history)],
+        sections=[
+            over_time(results["curves"], {row: x["label"] for row, x in results["rows"].items()}, ("truth", "model")),
+            speed({"model": frame_rate.chunk_latencies(timings(model.folder, model.info))}, {"model": label}),
+            training(history),
+        ],
         unavailable={k: f"{u['why']}. To have it: {u['get']}." for k, u in results["unavailable"].items()},
-        settings=_settings(results),
+        settings=settings(results),
         texts=_texts(run_dir, results),
     )
     write_text(path, html)
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder with these values, escaped."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"figure": figure, "interval": interval}
+    return environment.get_template(template).render(values)
 
 
 def figure(cell: dict[str, Any] | None, name: str = "value") -> str:
@@ -110,12 +124,17 @@ def _clip(results: dict[str, Any], sets: dict[str, VideoSet], key: str) -> dict[
     own = (sets.get("truth") or sets["model"]).cameras(key, None)
     swapped = sets["swapped"].cameras(key, None) if "swapped" in sets else None
     path = own and path_from_above(own[0][:frames], swapped and swapped[0][:frames])
-    caption = ": ".join(filter(None, (key, " / ".join(results["captions"][key]))))
-    return {"caption": caption, "videos": videos, "path": path}
+    return {"caption": caption(results, key), "videos": videos, "path": path}
 
 
-def over_time(results: dict[str, Any]) -> dict[str, Any]:
-    """Section of statistics over the clips' time, row by row; its charts are empty where clips were too short."""
+def caption(results: dict[str, Any], key: str) -> str:
+    """A clip's name and what its shots show."""
+    return ": ".join(filter(None, (key, " / ".join(results["captions"][key]))))
+
+
+def over_time(curves: dict[str, Any], labels: dict[str, str], banded: Collection[str]) -> dict[str, Any]:
+    """Section of statistics over the clips' time, `summary.curves` of each CSS class, with bands where told; its charts
+    are empty where clips were too short."""
     titles = {
         "lightness": "Lightness, CIE L*", "sharpness": "Sharpness, ln variance of the Laplacian",
         "contrast": "Contrast, sd of L*", "motion": "Motion, image diagonals a second",
@@ -123,13 +142,20 @@ def over_time(results: dict[str, Any]) -> dict[str, Any]:
     charts = []
     for name, title in titles.items():
         lines = []
-        for row, c in results["curves"].items():
-            band = {end: c[name][end] for end in ("low", "high")} if row in ("truth", "model") else {}
-            lines.append(Line(c["times_s"], c[name]["value"], row, **band))
+        for style, c in curves.items():
+            band = {end: c[name][end] for end in ("low", "high")} if style in banded else {}
+            lines.append(Line(c["times_s"], c[name]["value"], style, **band))
         charts.append(chart(lines, "seconds", title))
     text = "Means over clips in windows, with 95 % bands. A model that drifts leaves the true video’s line."
-    legend = {row: results["rows"][row]["label"] for row in results["curves"]}
-    return {"title": "Over time", "text": text, "legend": legend, "charts": charts}
+    return {"title": "Over time", "text": text, "legend": {s: labels[s] for s in curves}, "charts": charts}
+
+
+def speed(latencies: dict[str, NDArray[np.float64]], labels: dict[str, str]) -> dict[str, Any]:
+    """Section of the seconds chunks take (N,), by CSS class; without a chart where they are too few."""
+    enough = {style: x for style, x in latencies.items() if len(x) >= frame_rate.LEAST[90]}
+    text = f"Of {frame_rate.LEAST[90]} chunks or more, from one’s arrival to the next’s: how many take no longer than that."
+    charts = [chart([steps(x, style) for style, x in enough.items()], "seconds a chunk takes", "Share of chunks")]
+    return {"title": "Speed", "text": text, "legend": {s: labels[s] for s in enough}, "charts": charts}
 
 
 def training(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -151,7 +177,7 @@ def training(history: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _settings(results: dict[str, Any]) -> dict[str, str]:
+def settings(results: dict[str, Any]) -> dict[str, str]:
     made, protocol = results["made_by"], results["protocol"]
     return {
         "Weights": made.get("weights", "not stated"),

@@ -4,16 +4,22 @@
     vgr-bench videos=folder                            # anyone's, without weights or data
     vgr-bench videos=folder shards=datasets/doom/val protocol=standard check=true
     vgr-bench checkpoint=weights/run protocol=sana_wm_simple requests=SANA-WM-Bench/benchmark_v2_smooth_60s
+    vgr-bench compare=[runA/bench/standard,runB/bench/standard]
 
 Making and measuring are apart, and both go on where they stopped: a video that stands and was made by the same weights,
 settings and protocol is not made again, nor measured again by the same code. part=2/8 does an eighth of both; without
 part= the same command then finds all of it and writes the results.
+
+compare= takes folders of finished results (results.json, videos.jsonl and the videos they name) of one protocol and
+writes compare.html, which needs no network, and compare.json with the same numbers: each run's measures, paired
+differences to the first run with tests over the whole family, drift, latency, speed against quality, videos in step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -47,6 +53,9 @@ def body(cfg: DictConfig) -> None:
     from vgr.data.shards import Shards
     from vgr.report.sets import open_set
 
+    if cfg.compare is not None:
+        print(_compare(cfg))
+        return
     if cfg.checkpoint is not None and cfg.videos is not None or not (cfg.checkpoint or cfg.videos or cfg.check):
         raise ValueError("give either checkpoint=<run folder> or videos=<folder of mp4>, and not both")
     protocol = load_protocol(cfg.protocol or ("general" if cfg.videos and not cfg.shards else "smoke"))
@@ -61,7 +70,8 @@ def body(cfg: DictConfig) -> None:
     if cfg.check:
         cameras = bool(data) or any(r.poses for r in requests or ())
         cameras = cameras or videos is not None and any(videos.folder.glob("*.cameras.npz"))
-        print("\n".join(check(protocol, weights, data, cameras, statistics)))
+        features = videos is not None and any(videos.folder.glob("*.features.npz"))
+        print("\n".join(check(protocol, weights, data, cameras, statistics, requests, features)))
         return
     generator, run_dir, device = None, None, "cpu" if cfg.device == "auto" else cfg.device
     if videos is None:
@@ -82,6 +92,16 @@ def body(cfg: DictConfig) -> None:
         wandb_run=run,
     )  # fmt: skip
     print(page or f"part {cfg.part} is done; the same command without part= writes the results once all are")
+
+
+def _compare(cfg: DictConfig) -> Path:
+    """The page of finished results beside each other. ValueError for settings of a measurement beside them."""
+    from vgr.report import compare
+
+    measuring = ("checkpoint", "videos", "requests", "shards", "check", "part", "protocol", "statistics", "logger")
+    if beside := [key for key in measuring if cfg[key]]:
+        raise ValueError(f"compare= reads finished results and takes no {', '.join(beside)}; leave that out")
+    return compare.write([cfg.compare] if isinstance(cfg.compare, str) else cfg.compare, cfg.out)
 
 
 def _asked(cfg: DictConfig, protocol: dict[str, Any]) -> tuple[list[Request] | None, str | None]:
@@ -124,21 +144,45 @@ def load_protocol(name: str) -> dict[str, Any]:
 
 
 def check(
-    protocol: dict[str, Any], weights: Path, data: str | None, cameras: bool, statistics: Path | None
-) -> list[str]:
-    """Lines saying which weights and data are there and which columns will stay empty, and why."""
+    protocol: dict[str, Any], weights: Path, data: str | None, cameras: bool, statistics: Path | None,
+    requests: list[Request] | None = None, features: bool = False,
+) -> list[str]:  # fmt: skip
+    """Lines saying which weights and data are there, which columns will stay empty, and what stands beside others'."""
+    from vgr.data.shards import Shards
     from vgr.metrics import extractors
     from vgr.report import judges, results
+    from vgr.report.table import METRICS, NEEDS
 
-    lines = [f"protocol {protocol['name']}, sha256 {protocol['sha256']}"]
+    lines = [f"protocol {protocol['name']}, sha256 {protocol['sha256']}", f"about: {protocol.get('about', '')}"]
     asked = extractors.WEIGHTS if "fvd" in protocol else {}
     for name, (file, how) in (asked | (judges.WEIGHTS if "quality" in protocol else {})).items():
         there = (weights / file).exists()
         lines.append(f"{name}: {weights / file} is there" if there else f"{name}: no {weights / file}; {how}")
-    lines.append(f"true videos: {data or 'none; give shards=<val shards>'}")
-    lines.append(f"cameras: {'there' if cameras else 'none; add <key>.cameras.npz'}")
-    empty = results.unavailable(None, protocol, data is not None, bool(data or statistics), cameras, weights)
-    return lines + [f"empty: {name}: {reason['why']}" for name, reason in empty.items()]
+    if "quality" in protocol:
+        lines.append(f"other networks' features: {'there' if features else NEEDS['before']['features'][1]}")
+    clips = len(Shards(data)) if data else 0
+    further = min(clips - (protocol["clips"] or 0), protocol["reference"])
+    if requests is None and "requests" not in protocol:
+        lines.append(f"true videos: {f'{data}, {clips} clips' if data else 'none; give shards=<val shards>'}")
+        lines.append(f"cameras: {'there' if cameras else 'none; add <key>.cameras.npz'}")
+    elif requests is None:
+        own = "captions of videos= come from their set.json, see vgr/report/sets.py"
+        own = own if protocol["requests"] else "a checkpoint needs requests=<folder>, see vgr/report/requests.py"
+        lines.append(f"asked for: nothing; {own}")
+    else:
+        told = ("first frames", "picture"), ("cameras", "poses")
+        with_ = ", ".join(f"{sum(getattr(r, k) is not None for r in requests)} with {name}" for name, k in told)
+        long = protocol["sampling"].get("seconds")
+        with_ += f", {long:g} s each, by a checkpoint that streams" if long else ""
+        lines.append(f"asked for: {min(protocol['clips'] or len(requests), len(requests))} videos, {with_}")
+    reference = statistics is not None or clips > 0 and further >= max(2, protocol["clips"] // 2)
+    empty = results.unavailable(None, protocol, data is not None, reference, cameras, weights, features)
+    lines += [f"empty: {name}: {reason['why']}" for name, reason in empty.items()]
+    table = published(protocol, {}) or {"columns": {}}
+    for column in table["columns"].values():
+        ours = f", beside our {METRICS[column['ours']].label}" if column["ours"] else ""
+        lines.append(f"published: {column['label']}{ours}" + (f"; {column['unlike']}" if column["unlike"] else ""))
+    return lines
 
 
 def published(protocol: dict[str, Any], cells: dict[str, Any]) -> dict[str, Any] | None:
@@ -162,8 +206,7 @@ def find_run(checkpoint: Path) -> Path | None:
 def bench(
     protocol: dict[str, Any], out: Path, *, generator: Any = None, videos: VideoSet | None = None, shards: Any = None,
     requests: list[Request] | None = None, run_dir: Path | None = None, batch: int = 8, part: tuple[int, int] = (0, 1),
-    weights: Path = Path("weights"), statistics: Path | None = None, device: str = "cpu",
-    wandb_run: Any = None,
+    weights: Path = Path("weights"), statistics: Path | None = None, device: str = "cpu", wandb_run: Any = None,
 ) -> Path | None:  # fmt: skip
     """Make what is missing, measure all rows, write results; returns the page's path, None of one part of many.
 
@@ -211,8 +254,9 @@ def bench(
         found = results.measure(job, sets, keys, reference, out, weights, statistics)
     if found is None:
         return None
-    written = {"format": 1, **environment(), **found[0]}
-    written["published"] = published(protocol, written["rows"]["model"]["metrics"])
+    places = {row: os.path.relpath(x.folder, out) for row, x in sets.items()}
+    beside = published(protocol, found[0]["rows"]["model"]["metrics"])
+    written = {"format": 1, **environment(), **found[0], "sets": places, "published": beside}
     results.write(out, written, found[1])
     path = page.write(out / "report.html", run_dir, written, sets)
     if wandb_run is not None:

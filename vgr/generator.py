@@ -57,7 +57,8 @@ class Generator:
         """From a run folder or one of its checkpoints, averaged weights; None keeps the checkpoint's own sampling.
 
         memory: settings of a causal video model's memory, instead of its own. seconds: what is to be made, refused
-        before weights are read where the device cannot hold its memory; `plan` says in one line what that takes.
+        before weights are read where the device cannot hold its memory; `plan` says in one line what that takes. A
+        model that streams then takes as much, whatever it was trained on.
         FileNotFoundError or ValueError name what is missing, damaged or does not fit.
         """
         import torch
@@ -86,6 +87,9 @@ class Generator:
         data_info = {k: data[k] for k in ("train", "val") if k in data}
         generator = cls(parts, record, name, digest, data_info, sampling, device)
         generator.plan = plan
+        if known and sampling["method"] == "stream":
+            wanted = 1 + math.ceil(seconds * generator.fps / generator.stride) * generator.stride
+            generator.max_frames = max(generator.max_frames, wanted)
         return generator
 
     @property
@@ -153,12 +157,13 @@ class Generator:
         progress: Callable[[int], None] | None = None,
         watch: Callable[[np.ndarray], None] | None = None,
         shot: Tensor | None = None,
+        cuts: bool = True,
     ) -> tuple[np.ndarray, dict[str, float]]:
         """First frames (B,H,W,3) uint8 (None: the model imagines them) to videos (B,F,H,W,3) uint8 and seconds spent.
 
         cameras: F raw frames, F at most max_frames. seeds: one a video; its noise depends on nothing else. watch:
         hears of frames (B,F,H,W,3) as they are decoded, chunk by chunk where the method streams. shot (B,T): which
-        caption each latent frame follows; None: the first.
+        caption each latent frame follows; None: the first. cuts False: captions change without a new shot.
         """
         import torch
 
@@ -175,7 +180,7 @@ class Generator:
         first_at, denoise = start, 0.0
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             args = (cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
-            cond = conditioning(self.text, captions, *args, self.sampling.get("cut_prefix"))
+            cond = conditioning(self.text, captions, *args, self.sampling.get("cut_prefix"), cuts)
             null = self.text(tuple(("",) * len(row) for row in captions))
             first = None if first_frames is None else self._encode(first_frames)
             denoiser = guidance.guided(self.model, self.sampling["guidance"], null)

@@ -664,7 +664,7 @@ def test_a_folder_of_requests_needs_what_the_model_takes(tmp_path):
     poses = {"c2w": turning(np.zeros(9)), "intrinsics": np.tile([FX, FX * W / H, 0.5, 0.5], (9, 1)), "fps": FPS}
     np.savez(tmp_path / "b.npz", **poses)
     requests = read_requests(tmp_path)
-    assert requests[0] == ("a", ("one", "two"), None, None, ()) and requests[1].poses == tmp_path / "b.npz"
+    assert requests[0] == ("a", ("one", "two"), None, None, (), True) and requests[1].poses == tmp_path / "b.npz"
     with pytest.raises(ValueError, match="requests: a has no poses, but turner takes cameras"):
         bench_.bench(PROTOCOL, tmp_path / "out", generator=Steered(), requests=requests)
     np.savez(tmp_path / "a.npz", **poses)

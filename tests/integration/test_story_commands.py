@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from small_training import train  # noqa: E402
 
-from vgr import command, export, prepare, sample
+from vgr import bench, command, export, prepare, sample
 from vgr.models.causal_video import CausalVideo
 from vgr.models.text import ByteTextEncoder
 from vgr.training import budget, checkpoints
@@ -175,6 +175,25 @@ def test_memory_is_told_and_refused_before_weights_are_read(chain, tmp_path, mon
         assert done.returncode == 2 and "memory of 11 latent frames" in done.stderr and "model.place" in done.stderr
     code, _, err = run(sample.main, folder, *words, "memory={windows:3}")
     assert code == 2 and "takes window, sink" in err and err.count("\n") == 1
+
+
+def test_a_student_is_benched_on_prompts_without_cuts_beyond_its_trained_length(chain, tmp_path):
+    folder, runs = chain
+    protocol = json.loads((Path(bench.__file__).parents[1] / "benchmarks/protocols/interactive_v1.json").read_text())
+    protocol["sampling"]["seconds"], protocol["drift"]["window_s"] = 6.0, 1.5
+    (tmp_path / "small.json").write_text(json.dumps({**protocol, "frames": 145}))
+    rows = [{"key": key, "shots": ["Kim", "Kim sits", "Kim runs"]} for key in "ab"]
+    (tmp_path / "told.json").write_text(json.dumps({"cuts": False, "prompts": rows}))
+    words = (f"checkpoint={runs['student']}", f"protocol={tmp_path / 'small.json'}", "device=cpu")
+    code, told, err = run(bench.main, folder, *words, f"requests={tmp_path / 'told.json'}", f"out={tmp_path / 'made'}")
+    assert code == 0 and "report.html" in told, err
+    found = json.loads((tmp_path / "made/results.json").read_text())
+    assert found["made_by"]["frames"] == 49 > FRAMES and found["rows"]["model"]["metrics"]["cuts"]["count"] == 2
+    assert found["published"]["table"] == "six prompts, 60 s" and "clip_score" in found["unavailable"]
+    (tmp_path / "small.json").write_text(json.dumps({**protocol, "name": "other"}))
+    words = (f"checkpoint={runs['base']}", "device=cpu", f"protocol={tmp_path / 'small.json'}")
+    code, _, err = run(bench.main, folder, *words, f"requests={tmp_path / 'told.json'}", f"out={tmp_path / 'none'}")
+    assert code == 2 and "other asks for 6 s, 49 frames, and" in err and err.count("\n") == 1
 
 
 def test_a_run_with_a_marker_and_captions_of_the_whole_is_sampled_with_them(chain, tmp_path):

@@ -101,6 +101,7 @@ def test_worldscore_scores_fall_linearly_to_zero():
         estimate[1:, :3, :3] @= Rotation.from_rotvec(np.deg2rad(degrees * 49 / 48) * np.array([0, 0, 1.0])).as_matrix()
         got = published_errors(estimate, reference, "worldscore")
         assert got["score_rot"] == pytest.approx(want) and got["score_trans"] == pytest.approx(100.0)
+        assert got["score"] == pytest.approx(10 * want**0.5)
     nothing = published_errors(np.full_like(reference, np.nan), reference, "worldscore")
     assert (nothing["score_rot"], nothing["score_trans"], nothing["coverage"]) == (0.0, 0.0, 0.0)
 

@@ -122,9 +122,10 @@ def test_each_frame_reads_the_prompt_of_its_shot():
         layout = dataclasses.replace(cond.layout, shot=torch.full((2, 3), shot))
         one = TextStates(states[:, row : row + 1], text.mask[:, row : row + 1])
         alone = dataclasses.replace(cond, text=one)
-        torch.testing.assert_close(
-            model(x, t, Conditioning(layout, text, cond.cameras))[0], model(x, t, alone)[0], atol=1e-5, rtol=1e-5
-        )
+        told = Conditioning(layout, text, cond.cameras)
+        changed = Conditioning(cond.layout, text, cond.cameras, torch.full((2, 3), row))  # within one shot
+        for many in (told, changed):
+            torch.testing.assert_close(model(x, t, many)[0], model(x, t, alone)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_checkpointing_changes_no_gradient():

@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 KEYS = {
     "sana-wm": ("rot_mean_deg", "trans_mean", "cammc_mean", "scale"),
     "cameractrl": ("rot_sum_rad", "trans_sum", "cammc_sum"),
-    "worldscore": ("rot_mean_deg", "trans_mean", "scale", "score_rot", "score_trans"),
+    "worldscore": ("rot_mean_deg", "trans_mean", "scale", "score_rot", "score_trans", "score"),
     "evo": ("ate_rmse", "rpe_trans_rmse", "rpe_rot_mean_deg", "scale"),
 }
 WORST = (15.0, 0.5)  # degrees and unit at which WorldScore gives 0
@@ -31,8 +31,8 @@ def published_errors(estimated_c2w: ArrayLike, reference_c2w: ArrayLike, convent
     offset by least squares on w2c translations turned by the estimate's rotations; means, in degrees and the
     reference's unit. Where that rotation would mirror, as published code lets it, the nearest that does not is taken.
     cameractrl (coded by CamI2V): each path divided by its own largest offset; sums, in radians.
-    worldscore: the scale c that minimises sum |t_ref - c t_est|; means, and scores 0 to 100 that fall linearly to 0 at
-    WORST (they stand apart: how they become one number is not told here).
+    worldscore: the scale c that minimises sum |t_ref - c t_est|; means, scores 0 to 100 that fall linearly to 0 at
+    WORST, and their geometric mean, its camera control.
     evo: Umeyama with scale on the centres, then ATE and RPE over one frame.
     With coverage and degenerate, as in `pose_errors`. Raises ValueError for an unknown convention and bad paths.
     """
@@ -62,6 +62,7 @@ def published_errors(estimated_c2w: ArrayLike, reference_c2w: ArrayLike, convent
     if convention == "worldscore":
         for name, key, worst in zip(("score_rot", "score_trans"), ("rot_mean_deg", "trans_mean"), WORST):
             found[name] = 100 * (1 - min(found[key] / worst, 1.0)) if np.isfinite(found[key]) else 0.0
+        found["score"] = float(np.sqrt(found["score_rot"] * found["score_trans"]))
     return {key: found[key] for key in (*KEYS[convention], "coverage", "degenerate")}
 
 

@@ -304,13 +304,14 @@ class WorldModel(nn.Module):
         return shard.all_gather(layout, 1, sum(held))
 
     def _text(self, cond: Conditioning, cells: int) -> tuple[Tensor, Tensor]:
-        """Normalised text (B,S*J,D) and who may read it: each frame reads its own shot's prompt."""
+        """Normalised text (B,S*J,D) and who may read it: each frame reads its own shot's prompt, or `cond.prompt`."""
         states, mask = cond.text.states, cond.text.mask
         batch, shots, length = mask.shape
         text = self.attention_y_norm(self.y_proj(states.flatten(1, 2)))
         if shots == 1:
             return text, mask.view(batch, 1, 1, length)
-        own = cond.layout.shot.unsqueeze(-1) == torch.arange(shots, device=mask.device)
+        prompt = cond.layout.shot if cond.prompt is None else cond.prompt
+        own = prompt.unsqueeze(-1) == torch.arange(shots, device=mask.device)
         readable = (own.unsqueeze(-1) & mask.unsqueeze(1)).flatten(2)
         return text, readable.repeat_interleave(cells, dim=1).unsqueeze(1)
 

@@ -78,16 +78,17 @@ def chart(lines: Sequence[Line], x_label: str, title: str, zero: bool = False) -
 
 
 def _named(points: list[tuple[float, float, float, float, Line]]) -> list[str]:
-    """Circles at (y, x, low, high, line), bars through them, and names beside them, each a line below the one before."""
-    parts, below = [], 0.0
+    """Circles at (y, x, low, high, line), bars through them, names beside them, each a line below the one before."""
+    parts, names, below = [], [], 0.0
     for y, x, low, high, line in sorted(points, key=lambda p: p[0]):
         below = max(y + 4, below + 13)
         side, anchor = (9, "start") if x < _W / 2 else (-9, "end")
-        name = escape(line.label if len(line.label) < 33 else f"{line.label[:31]}…")
+        room = int(max(x, _W - x) / 6.2)  # letters on that side
+        name = escape(line.label if len(line.label) <= room else f"{line.label[: room - 1]}…")
         parts.append(f'<path class="line {line.style}" d="M{x},{low} V{high}"/>')
         parts.append(f'<circle class="point {line.style}" cx="{x}" cy="{y}" r="4.5"/>')
-        parts.append(f'<text x="{x + side:.1f}" y="{below:.1f}" text-anchor="{anchor}">{name}</text>')
-    return parts
+        names.append(f'<text class="name" x="{x + side:.1f}" y="{below:.1f}" text-anchor="{anchor}">{name}</text>')
+    return parts + names
 
 
 def steps(values: Sequence[float], style: str) -> Line:

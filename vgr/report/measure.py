@@ -91,7 +91,7 @@ def measure_set(
         data = [x.read_bytes() for x in (*files, given) if x != given or x.is_file()]
         told: list[Any] = [hashlib.sha256(x).hexdigest() for x in (*data, *(a.tobytes() for p in own for a in p))]
         told += [info.get("fps"), info.get("chunk_starts")]
-        told += [info.get(name, {}).get(key) for name in ("cuts", "captions", "returns")]
+        told += [info.get(name, {}).get(key) for name in ("cuts", "changes", "captions", "returns")]
         mark, place = fingerprint({**settings, "inputs": told}), job.kept / row / f"{key}.json"
         found = _read(place, key, mark)
         if found is None:
@@ -176,8 +176,8 @@ def _measure(
 
 
 def _quality(job: Job, videos: VideoSet, key: str, video: Frames, fps: float) -> dict[str, float]:
-    """VBench's dimensions and the CLIP score, 100 x cosine of frames and their shot's caption, at least 0: as far as
-    judges or the features beside the video allow; the control is the next video's captions."""
+    """VBench's dimensions and the CLIP score, 100 x cosine of frames and their shot's caption, at least 0, of all and
+    by caption: as far as judges or the features beside the video allow; the control is the next video's captions."""
     place, info = videos.folder / f"{key}.features.npz", videos.info
     given = arrays(place, set(vbench.SHAPES)) if place.is_file() else {}
     made = {"subject": "dino", "background": "clip"}
@@ -196,13 +196,15 @@ def _quality(job: Job, videos: VideoSet, key: str, video: Frames, fps: float) ->
     captions, names = info.get("captions", {}), info.get("clips", [])
     if "clip" in job.judges and key in captions:
         at = np.arange(0, len(video), max(1, round(fps / job.protocol["quality"]["clip_per_s"])))
-        shot = np.searchsorted(info.get("cuts", {}).get(key, []), at, side="right")
+        shot = np.searchsorted(info.get("changes", info.get("cuts", {})).get(key, []), at, side="right")
         other = captions[names[(names.index(key) + 1) % len(names)]]
         seen = job.judges["clip"].frames(video[at])
         for name, told in (("clip_score", captions[key]), ("clip_score_other", other)):
             text = job.judges["clip"].text(list(told))[np.minimum(shot, len(told) - 1)]
             cosine = (seen * text).sum(1) / (np.linalg.norm(seen, axis=1) * np.linalg.norm(text, axis=1))
             values[name] = float(100 * cosine.clip(0).mean())
+            for i in np.unique(shot) if name == "clip_score" and len(told) > 1 else ():
+                values[f"clip_score_{i + 1}"] = float(100 * cosine[shot == i].clip(0).mean())
     return values
 
 

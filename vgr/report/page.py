@@ -52,7 +52,7 @@ def write(path: Path, run_dir: Path | None, results: dict[str, Any], sets: dict[
             training(history),
         ],
         unavailable={k: f"{u['why']}. To have it: {u['get']}." for k, u in results["unavailable"].items()},
-        settings=settings(results),
+        settings={"Protocol": "{name}, sha256 {sha256}".format(**results["protocol"])} | settings(results),
         texts=_texts(run_dir, results),
     )
     write_text(path, html)
@@ -153,7 +153,7 @@ def over_time(curves: dict[str, Any], labels: dict[str, str], banded: Collection
 def speed(latencies: dict[str, NDArray[np.float64]], labels: dict[str, str]) -> dict[str, Any]:
     """Section of the seconds chunks take (N,), by CSS class; without a chart where they are too few."""
     enough = {style: x for style, x in latencies.items() if len(x) >= frame_rate.LEAST[90]}
-    text = f"Of {frame_rate.LEAST[90]} chunks or more, from one’s arrival to the next’s: how many take no longer than that."
+    text = f"From a chunk’s arrival to the next’s: the share of {frame_rate.LEAST[90]} or more that take no longer."
     charts = [chart([steps(x, style) for style, x in enough.items()], "seconds a chunk takes", "Share of chunks")]
     return {"title": "Speed", "text": text, "legend": {s: labels[s] for s in enough}, "charts": charts}
 
@@ -178,13 +178,13 @@ def training(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def settings(results: dict[str, Any]) -> dict[str, str]:
-    made, protocol = results["made_by"], results["protocol"]
+    """What made and measured the videos, beside the protocol."""
+    made = results["made_by"]
     return {
         "Weights": made.get("weights", "not stated"),
         "Sampler": ", ".join(f"{k} {v}" for k, v in made.get("sampling", {}).items()) or "not stated",
-        "Protocol": f"{protocol['name']}, sha256 {protocol['sha256']}",
         "Commit": results["commit"] or "not a checkout",
-        "Device": results["device"],
+        "Measured on": results["device"],
         "Versions": ", ".join(f"{k} {v}" for k, v in results["versions"].items()),
     }
 

@@ -5,7 +5,8 @@
   a folder of one's own     <key>.caption.txt, a line a shot; <key>.png or .jpg, for a model that takes a first frame;
                             <key>.npz or .txt, poses as any reader of ours takes them, for a model that takes cameras
   a JSON list of stories    {"prompts": [{"key", "shots": [captions], "returns": pairs of shots with one subject}]}, as
-                            benchmarks/prompts/ has them; returns may lack
+                            benchmarks/prompts/ has them; returns may lack; "cuts": false beside prompts: one shot each,
+                            in which captions follow one another
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Request(NamedTuple):
-    """One video asked for: its name, a caption a shot, files of its first frame and of its camera path, if any, and the
-    pairs of its shots that show one subject."""
+    """One video asked for: its name, a caption a shot, files of its first frame and of its camera path, if any, the
+    pairs of its shots that show one subject, and whether there are cuts between captions."""
 
     key: str
     captions: tuple[str, ...]
     picture: Path | None
     poses: Path | None
     returns: tuple[tuple[int, int], ...] = ()
+    cuts: bool = True
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -47,8 +49,8 @@ def read_requests(path: Path) -> list[Request]:
         rows = told.get("prompts") if isinstance(told, dict) else None
         if not rows or not all(isinstance(r, dict) and r.get("key") and r.get("shots") for r in rows):
             raise ValueError(f'requests={path} must hold {{"prompts": [{{"key", "shots"}}, ...]}}')
-        return [Request(str(r["key"]), tuple(map(str, r["shots"])), None, None, tuple(map(tuple, r.get("returns", ()))))
-                for r in rows]  # fmt: skip
+        return [Request(str(r["key"]), tuple(map(str, r["shots"])), None, None, tuple(map(tuple, r.get("returns", ()))),
+                        told.get("cuts", True)) for r in rows]  # fmt: skip
     if not path.is_dir():
         raise FileNotFoundError(f"requests={path} does not exist; give a folder or JSON, see vgr/report/requests.py")
     if (path / "sanawm_export_v2").is_dir():
@@ -90,7 +92,7 @@ def make_set(
 
     Video i draws its noise from (protocol seed, "bench", i). Paths longer than the protocol or the model are cut, and
     shots share the frames equally, each from a chunk's first frame. ValueError, before anything is made, for requests
-    that the model cannot take.
+    that the model cannot take, or seconds of sampling.seconds that it does not reach.
     """
     clips, pictures = zip(*(_clip(r, protocol, generator) for r in requests))
     frames = {len(c.c2w) for c in clips}
@@ -105,13 +107,15 @@ def make_set(
         firsts = [pictures[number[c.key]] for c in group]
         first = None if firsts[0] is None else np.stack(firsts)
         seeds = [derive_seed(protocol["seed"], "bench", number[c.key]) for c in group]
-        return generator(first, *asked_of(group), seeds, watch=watch, shot=shots_of(group, generator))
+        more = {} if group[0].cuts else {"cuts": False}
+        return generator(first, *asked_of(group), seeds, watch=watch, shot=shots_of(group, generator), **more)
 
-    asked = [[r.key, r.captions, *(p and hashlib.sha256(p.read_bytes()).hexdigest() for p in r[2:4])] for r in requests]
+    asked = [[r.key, r.captions, *(p and hashlib.sha256(p.read_bytes()).hexdigest() for p in r[2:4]),
+              *(() if r.cuts else ("no cuts",))] for r in requests]  # fmt: skip
     made_by = {"row": "model", "name": generator.name, "weights": generator.weights_hash,
                "sampling": generator.sampling, "protocol": protocol["sha256"], "requests": fingerprint({"of": asked}),
                "frames": frames.pop()}  # fmt: skip
-    told = {"returns": {r.key: list(map(list, r.returns)) for r in requests}}
+    told = {"returns": {r.key: list(map(list, r.returns)) for r in requests}, "cameras": generator.takes_cameras}
     made = fill_set(out / "model", made_by, generator.fps, list(clips), lambda group: generate(group)[0], batch=batch,
                     part=part, told=told, done=done)  # fmt: skip
     if part[0] == 0:
@@ -127,7 +131,12 @@ def _clip(request: Request, protocol: dict[str, Any], generator: Any) -> tuple[C
     from vgr.geometry.formats import follow, read_cameras
 
     own = torch.tensor(generator.intrinsics, dtype=torch.float64)
-    frames = min(protocol["frames"], generator.max_frames)
+    seconds = protocol["sampling"].get("seconds")
+    frames = protocol["frames"] if seconds is None else 1 + round(seconds * generator.fps)
+    if seconds is not None and frames > generator.max_frames:
+        raise ValueError(f"protocol={protocol['name']} asks for {seconds:g} s, {frames} frames, and {generator.name} "
+                         f"makes up to {generator.max_frames}: give a checkpoint that streams (sampling.method=stream)")
+    frames = min(frames, generator.max_frames)
     picture = None if request.picture is None else read_image(request.picture, generator.size_hw)
     if request.poses is not None and generator.takes_cameras:
         import cv2
@@ -143,7 +152,7 @@ def _clip(request: Request, protocol: dict[str, Any], generator: Any) -> tuple[C
         c2w, k = np.tile(np.eye(4), (frames, 1, 1)), np.tile(own.numpy(), (frames, 1))
     frames = 1 + (frames - 1) // generator.stride * generator.stride
     starts = _shot_starts(len(request.captions), frames, generator)
-    return Clip(request.key, c2w[:frames], k[:frames], request.captions, starts), picture
+    return Clip(request.key, c2w[:frames], k[:frames], request.captions, starts, request.cuts), picture
 
 
 def _shot_starts(shots: int, frames: int, generator: Any) -> tuple[int, ...]:

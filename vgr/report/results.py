@@ -111,13 +111,14 @@ def write(out: File, found: dict[str, Any], per_video: list[dict[str, Any]]) -> 
 
 
 def unavailable(
-    cells: dict[str, Any] | None, protocol: dict[str, Any], truth: bool, reference: bool, cameras: bool, weights: File
-) -> dict[str, dict[str, str]]:
+    cells: dict[str, Any] | None, protocol: dict[str, Any], truth: bool, reference: bool, cameras: bool, weights: File,
+    features: bool = False,
+) -> dict[str, dict[str, str]]:  # fmt: skip
     """Why a metric has no value and what would give it one: its first need that is not met. cells None: before
-    measuring, as far as that is known then."""
+    measuring, as far as that is known then; features: some lie beside the videos."""
     met = {"truth": truth, "reference": reference, "cameras": cameras, "networks": "fvd" in protocol,
            "quality": "quality" in protocol, "mapping": "pose" in protocol, "returns": "revisit" in protocol,
-           "pycolmap": importlib.util.find_spec("pycolmap") is not None}  # fmt: skip
+           "features": features, "pycolmap": importlib.util.find_spec("pycolmap") is not None}  # fmt: skip
     missing = extractors.missing(weights) | judges.missing(weights)
     told = NEEDS["before"] | ({} if cells is None else NEEDS["after"])
     found = {}

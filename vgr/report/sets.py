@@ -3,8 +3,10 @@
     <key>.mp4  <key>.cameras.npz (c2w (F,4,4), intrinsics (F,4))  set.json
 
 set.json: {"format": 1, "made_by": {...}, "fingerprint": sha256 of made_by, "clips": [keys], "fps": ..., and optionally
-"cuts": {key: [first frames of shots]}, "chunk_starts": [frames], "units": {key: prompt or scene}, "returns": {key:
-pairs of shots that show one subject} and "timings" (what `vgr.metrics.frame_rate` measures; ours lie in timings.json)}.
+"cuts": {key: [first frames of shots]}, "changes": {key: [first frames of captions], where not all are cuts},
+"chunk_starts": [frames], "units": {key: prompt or scene}, "returns": {key: pairs of shots that show one subject},
+"cameras": false where none were asked for, and "timings" (what `vgr.metrics.frame_rate` measures; ours lie in
+timings.json)}.
 Only the videos are required of a set that somebody else made. <key>.features.npz: see `vgr.metrics.vbench`.
 """
 
@@ -30,13 +32,15 @@ CRF = 14  # of the videos we write; stated in set.json
 
 
 class Clip(NamedTuple):
-    """What is asked for: name, commanded cameras c2w (F,4,4), intrinsics (F,4), text and first frame of each shot."""
+    """What is asked for: name, commanded cameras c2w (F,4,4), intrinsics (F,4), text and first frame of each shot; not
+    cuts: all of it is one shot, in which captions change."""
 
     key: str
     c2w: NDArray[np.float64]
     intrinsics: NDArray[np.float64]
     captions: tuple[str, ...]
     starts: tuple[int, ...] = (0,)
+    cuts: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class VideoSet:
     def cameras(self, key: str, frames: int | None) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """c2w (frames,4,4) and intrinsics (frames,4), or all there are; None if the set has none for this video."""
         path = self.folder / f"{key}.cameras.npz"
-        if not path.is_file():
+        if not path.is_file() or not self.info.get("cameras", True):
             return None
         found = arrays(path, {"c2w", "intrinsics"}, np.float64)
         shapes = {name: x.shape for name, x in found.items()}
@@ -117,7 +121,8 @@ def fill_set(
         raise ValueError(f"{folder} holds videos without a set.json; choose another out= or move them")
     info = {"format": 1, "made_by": made_by, "fingerprint": mark, "fps": fps, "crf": CRF, **(told or {})}
     info |= {"clips": [c.key for c in clips], "captions": {c.key: list(c.captions) for c in clips}}
-    info["cuts"] = {c.key: list(c.starts[1:]) for c in clips}
+    info["cuts"] = {c.key: list(c.starts[1:]) if c.cuts else [] for c in clips}
+    info |= {} if clips[0].cuts else {"changes": {c.key: list(c.starts[1:]) for c in clips}}
     for key in () if found.get("fingerprint") == mark else set(found.get("clips", ())) - set(info["clips"]):
         (folder / f"{key}.mp4").unlink(missing_ok=True)
     if found != info:  # under a name of its own first: other parts may be at it

@@ -22,13 +22,14 @@ Captions = tuple[tuple[str, ...], ...]
 
 def conditioning(
     text: TextEncoder, captions: Captions, cameras: Cameras, shot_BT: Tensor, stride: int, chunk: int | None,
-    cut_prefix: str | None = None,
+    cut_prefix: str | None = None, cuts: bool = True,
 ) -> Conditioning:  # fmt: skip
     """For a denoiser; poses stay fp32 under autocast. stride: raw frames of a latent frame; chunk: latent frames.
 
     Cuts are moved to chunk edges: a chunk shows the shot of most of its frames, of equals the earlier (causal video,
     spec 3.1). Without chunks every frame keeps its shot. cut_prefix: marks a cut, as `diffusion.rollout.Session` does:
-    it stands before the caption in the first chunk of a new shot. Empty captions, the null text, get none.
+    it stands before the caption in the first chunk of a new shot. Empty captions, the null text, get none. cuts False:
+    captions change within one shot, so that nothing but the text tells of it.
     """
     batch, frames = shot_BT.shape
     with torch.autocast(shot_BT.device.type, enabled=False):
@@ -38,7 +39,7 @@ def conditioning(
     if chunk is not None and bool((shot_BT != shot_BT[:, :1]).any()):
         parts = [shot_BT[:, layout.chunk == c] for c in layout.chunk.unique()]
         shot_BT = torch.cat([part.mode(dim=1, keepdim=True).values.expand_as(part) for part in parts], dim=1)
-        if cut_prefix:
+        if cut_prefix and cuts:
             most = max(map(len, captions))
             starts = [shot_BT[:, chunk.nonzero()[0]] for chunk in (layout.chunk == c for c in layout.chunk.unique())]
             starts_BN = torch.cat(starts, dim=1)
@@ -46,6 +47,8 @@ def conditioning(
             prompt = shot_BT + most * cut_BN[:, layout.chunk]
             marked = (tuple(cut_prefix + caption if caption else "" for caption in row) for row in captions)
             captions = tuple(row + ("",) * (most - len(row)) + own for row, own in zip(captions, marked))
+    if not cuts:
+        prompt, shot_BT = shot_BT, torch.zeros_like(shot_BT)
     return Conditioning(dataclasses.replace(layout, shot=shot_BT), text(captions), grouped, prompt)
 
 

@@ -168,38 +168,38 @@ class Generator:
         import torch
 
         from vgr.diffusion import guidance
+        from vgr.metrics import frame_rate
         from vgr.training.conditioning import conditioning
 
         if cameras.c2w.shape[1] > self.max_frames:
             raise ValueError(f"{cameras.c2w.shape[1]} frames asked; this model makes up to {self.max_frames}")
-        start = mark = self._clock()
+        start, stages = time.perf_counter(), frame_rate.Stages(self.device)
         batch, frames = cameras.c2w.shape[:2]
         if shot is None:
             shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64)
         pieces: list[np.ndarray] = []
-        first_at, denoise = start, 0.0
+        first_at = start
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             args = (cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
             cond = conditioning(self.text, captions, *args, self.sampling.get("cut_prefix"), cuts)
             null = self.text(tuple(("",) * len(row) for row in captions))
+            stages.mark("text")
             first = None if first_frames is None else self._encode(first_frames)
+            stages.mark("encode")
             denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
             decode = self.codec.stream()
             denoised = self._denoise(denoiser, cond, seeds, first, progress)
             for latents in denoised if self.refine is None else self.refine(denoised, captions):
-                denoise += self._clock() - mark
+                stages.mark("denoise")
                 for part in (latents,) if pieces else (latents[:, :, :1], latents[:, :, 1:]):
                     if part.shape[2]:
-                        pieces.append(self.decoded(decode, part))
-                        first_at = self._clock() if len(pieces) == 1 else first_at
+                        pieces.append(self.decoded(decode, part))  # on the host, so the device has finished
+                        first_at = time.perf_counter() if len(pieces) == 1 else first_at
                         if watch is not None:
                             watch(pieces[-1])
-                mark = self._clock()
-        total = mark - start
-        timings = {
-            "first_frame_s": first_at - start, "total_s": total, "denoise_s": denoise, "decode_s": total - denoise,
-            "frames": frames,
-        }  # fmt: skip
+                stages.mark("decode")
+        timings = {"first_frame_s": first_at - start, "total_s": time.perf_counter() - start, "frames": frames}
+        timings |= {f"{stage}_s": seconds for stage, seconds in stages.seconds().items()}
         return np.concatenate(pieces, axis=1), timings
 
     def _denoise(
@@ -242,13 +242,6 @@ class Generator:
         with torch.autocast(self.device, enabled=False):
             video = (decode(latents).clamp(-1, 1) + 1) * 127.5
         return video.round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-
-    def _clock(self) -> float:
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def sample_writer(

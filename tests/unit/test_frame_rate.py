@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from vgr.metrics.frame_rate import chunk_latencies, control_latency, measure_requests, percentile_intervals, summarize
+from vgr.metrics import frame_rate
+from vgr.metrics.frame_rate import (
+    Stages,
+    chunk_latencies,
+    control_latency,
+    measure_requests,
+    percentile_intervals,
+    summarize,
+)
 
 FPS = 10.0
 
@@ -123,3 +131,47 @@ def test_absent_timings_give_absent_metrics_and_older_sets_keep_theirs():
     got = summarize([{"wall_s": 2.0, "frames": 10, "first_frame_s": 0.5}], FPS)
     assert got == {"first_frame_s": [0.5], "frames_per_s": [5.0], "realtime_factor": [0.5]}
     assert summarize([], FPS) == {} and chunk_latencies([]).size == 0
+
+
+def test_stages_are_summed_by_name_and_what_none_has_is_other(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(frame_rate.time, "perf_counter", clock)
+
+    def request(watch):
+        stages = Stages("cpu")
+        for stage, seconds in (("text", 0.3), ("denoise", 0.5), ("decode", 0.1), ("denoise", 0.25), ("decode", 0.05)):
+            clock.now += seconds
+            stages.mark(stage)
+        watch(frames := np.zeros((1, 8, 4, 4, 3), np.uint8))
+        clock.now += 0.2  # the way out
+        return frames, {f"{k}_s": v for k, v in stages.seconds().items()}
+
+    got = summarize(measure_requests([request], 0, clock), FPS)
+    want = {"text": 0.3, "denoise": 0.75, "decode": 0.15, "other": 0.2}
+    assert {k: v for k, v in got.items() if k.startswith("stage_")} == {
+        f"stage_{k}_s": pytest.approx([v]) for k, v in want.items()
+    }
+    assert got["denoise_frames_per_s"] == pytest.approx([8 / 0.75])
+
+
+def test_operations_are_counted_once_in_the_warm_up_and_utilisation_wants_a_known_device(monkeypatch):
+    import torch
+
+    clock, seen = Clock(), []
+
+    def request(watch):
+        seen.append(torch.ones(16, 32) @ torch.ones(32, 8))
+        clock.now += 0.5
+        watch(frames := np.zeros((1, 4, 4, 4, 3), np.uint8))
+        return frames, {}
+
+    timings = measure_requests([request] * 2, 1, clock)
+    assert len(seen) == 3 and [t["flops"] for t in timings] == [2 * 16 * 32 * 8] * 2
+    got = summarize(timings, FPS)
+    assert got["tflops_per_s"] == pytest.approx([2 * 16 * 32 * 8 / 0.5 / 1e12] * 2) and "mfu" not in got
+    assert "flops" not in measure_requests([request], 0, clock)[0]
+    got = summarize([t | {"peak_flops": 1e9} for t in timings], FPS)
+    assert got["mfu"] == pytest.approx([2 * 16 * 32 * 8 / 0.5 / 1e9] * 2)
+    found = {name: next(x for part, x in frame_rate.PEAKS.items() if part in name)
+             for name in ("NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3")}  # fmt: skip
+    assert list(found.values()) == [989e12, 756e12, 989e12]

@@ -1,15 +1,20 @@
 """Cameras of measured videos by structure from motion, on exact renders of a room."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from tests.unit.test_camera_pose import intrinsics, render, walk
+from vgr.geometry import reconstruct
 from vgr.metrics.pose_conventions import KEYS
 from vgr.report.measure import Job, Video, _structure
 from vgr.report.rows import _chunk_starts
+from vgr.report.sets import VideoSet
 
 FRAMES, FPS, W, H = 17, 8.0, 320, 240
-POSE = {"frames": 9, "per_s": 4, "least_height": 240, "long_side": 320, "threads": 1}
+POSE = {"frames": 9, "per_s": 4, "least_height": 240, "long_side": 320}
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +24,25 @@ def room():
     return render(path, W, H, over=1), (path, np.tile(intrinsics(W, H), (FRAMES, 1)))
 
 
-def structure(video, paths, cuts=(), **settings):
+def structure(video, paths, cuts=(), folder=Path("nowhere"), **settings):
     job = Job({"pose": {**POSE, **settings}}, FRAMES, {}, {}, None, (0, 1), lambda n: None)
-    return _structure(job, Video("a", {}, lambda: video, len(video), FPS, list(cuts)), paths)
+    seen = Video("a", {}, lambda: video, len(video), FPS, list(cuts))
+    return _structure(job, VideoSet(folder, ("a",), {}), seen, paths)
+
+
+def test_cameras_that_another_estimator_found_take_the_place_of_ours(room, tmp_path, monkeypatch):
+    video, (c2w, k) = room
+    monkeypatch.setattr(reconstruct, "reconstruct", lambda *args: pytest.fail("ours was asked"))
+    other = c2w.copy()
+    other[:, :3, :3] = other[:, :3, :3] @ Rotation.from_euler("y", [[0.0]] + [[3.0]] * (FRAMES - 1), True).as_matrix()
+    other[4] = np.nan
+    np.savez(tmp_path / "a.poses.npz", c2w=other)
+    values, every = structure(video, [(c2w, k)], folder=tmp_path)
+    assert values["sfm_given"] == 1 and values["sfm_coverage"] == 8 / 9 and "sfm_fov_deg" not in values
+    assert 0.1 < values["rot_imputed_deg"] < 3.1 and np.isfinite(every).all()
+    np.savez(tmp_path / "a.poses.npz", c2w=other[:5])
+    with pytest.raises(ValueError, match=r"a.poses.npz: c2w has the shape \(5, 4, 4\); \(17, 4, 4\) is needed"):
+        structure(video, [(c2w, k)], folder=tmp_path)
 
 
 def test_true_video_gives_the_noise_floor_and_every_convention(room):

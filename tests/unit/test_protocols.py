@@ -27,7 +27,7 @@ NAMES = sorted(p.stem for p in (ROOT / "benchmarks/protocols").glob("*.json"))
 SECTIONS = {
     "drift": {"window_s"}, "frechet": {"window_frames", "draws"}, "fvd": {"frames", "stride"},
     "frame_rate": {"warmup", "requests"}, "shots": set(), "quality": {"clip_per_s"}, "revisit": {"gap_s"},
-    "pose": {"frames", "per_s", "least_height", "long_side", "threads"}, "published": {"name", "table"},
+    "pose": {"frames", "per_s", "least_height", "long_side"}, "published": {"name", "table"},
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ All in one folder: images, database.db and models.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vgr.geometry import features
 from vgr.geometry.conventions import Array
 from vgr.geometry.matches import Pairs, contradicted
 
 if TYPE_CHECKING:
     import pycolmap
 
-FEATURES, OVERLAP = 2000, 5
+OVERLAP = 5
+ALONE = threading.Lock()  # the OpenBLAS within pycolmap 4.2.1 is not made for two threads, whoever starts them
 _MIN_MATCHES = 15
 _LOSS_PX, _LEFT_IN_PX, _LEAST_ANGLE_DEG = 0.2, 1.0, 0.5  # of the last adjustment, see `_refined`
 
 
-def match_frames(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int, threads: int) -> Pairs:
+def match_frames(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed: int) -> Pairs:
     """Features and their verified matches, in `folder`/database.db, and the matches by pairs of frames."""
     import cv2
     import pycolmap
@@ -34,29 +37,31 @@ def match_frames(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed:
     images.mkdir()
     for i, frame in enumerate(frames):
         cv2.imwrite(str(images / f"{i:06d}.png"), frame[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    reader, extraction = pycolmap.ImageReaderOptions(), pycolmap.FeatureExtractionOptions()
+    reader = pycolmap.ImageReaderOptions()
     reader.camera_model = "SIMPLE_PINHOLE" if k is None else "PINHOLE"
     if k is not None:
         reader.camera_params = ",".join(f"{v:.17g}" for v in k * np.tile(frames.shape[2:0:-1], 2))
-    extraction.sift.max_num_features, extraction.num_threads = FEATURES, threads
-    # The images first, in order: extraction on two threads numbers them as they are done, and results depend on that.
-    single = pycolmap.CameraMode.SINGLE
     pycolmap.Database.open(database).close()
-    pycolmap.import_images(database, images, camera_mode=single, options=reader)
-    pycolmap.extract_features(
-        database, images, camera_mode=single, reader_options=reader, extraction_options=extraction,
-        device=pycolmap.Device.cpu,
-    )
-    matching, pairing = pycolmap.FeatureMatchingOptions(), pycolmap.SequentialPairingOptions()
+    pycolmap.import_images(database, images, camera_mode=pycolmap.CameraMode.SINGLE, options=reader)
+    gray = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
+    found, flow = [features.detect(x) for x in gray], features.flows(gray)
+    with pycolmap.Database.open(database) as known, (folder / "pairs.txt").open("w") as pairs:
+        image_of = {int(Path(image.name).stem): image.image_id for image in known.read_all_images()}
+        for i, own in enumerate(found):
+            known.write_keypoints(image_of[i], own.points.astype(np.float32))
+        for i, own in enumerate(found):
+            led = own.points
+            for j in range(i + 1, min(i + 1 + OVERLAP, len(frames))):
+                led = features.follow(led, flow[j - 1])
+                both = features.match(own, found[j], led, features.NEAR * max(frames.shape[1:3]))
+                known.write_matches(image_of[i], image_of[j], both.astype(np.uint32))
+                pairs.write(f"{i:06d}.png {j:06d}.png\n")
     verification = pycolmap.TwoViewGeometryOptions()
-    matching.num_threads = pairing.num_threads = threads
-    pairing.overlap, pairing.quadratic_overlap = OVERLAP, False
     verification.ransac.random_seed, verification.ransac.max_error = seed, 2.0
-    pycolmap.match_sequential(database, matching, pairing, verification, device=pycolmap.Device.cpu)
+    with ALONE:
+        pycolmap.verify_matches(database, folder / "pairs.txt", verification)
     with pycolmap.Database.open(database) as known:
-        index = {image.image_id: int(Path(image.name).stem) for image in known.read_all_images()}
-        points = {i: known.read_keypoints(image)[:, :2].astype(np.float64) for image, i in index.items()}
-        image_of, matches = {i: image for image, i in index.items()}, {}
+        index, matches = {image: i for i, image in image_of.items()}, {}
         for pair, geometry in zip(*known.read_two_view_geometries()):
             a, b = (index[image] for image in pycolmap.pair_id_to_image_pair(pair))
             if len(geometry.inlier_matches) >= _MIN_MATCHES:
@@ -64,6 +69,7 @@ def match_frames(folder: Path, frames: NDArray[np.uint8], k: Array | None, seed:
         for a, b in contradicted(matches):
             known.delete_two_view_geometry(image_of[a], image_of[b])
             del matches[a, b]
+    points = [x.points for x in found]
     return {(a, b): (points[a][both[:, 0]], points[b][both[:, 1]]) for (a, b), both in matches.items()}
 
 

@@ -1,15 +1,15 @@
 """Cameras from the frames of one shot: structure from motion without weights (specs/world-model 8, benchmarks 4.3).
 
-pycolmap: SIFT of at most 2000 features a frame, matched with the next five, one pinhole camera. Frames 8 or 16 apart
-are not matched: where textures repeat, as in a game's, more than half of such matches are of another tile, and they
-measured 12 degrees of error in place of 0.02; of the nearer pairs those go that the frames between contradict. Mapped
-globally, and also incrementally where that leaves frames out or matches of neighbouring frames unexplained: the two go
-wrong on different walks. Where both do, from frames at most three and two apart. The better cameras are taken, and
-refused if they leave many unexplained. Frames that only
-turn, where no translation can be seen, get rotations from the matches alone: the turn between two frames that best
-carries unit bearings onto each other, reweighted, and all turns of the shot made consistent by their spectral average.
-Half a second to two seconds a frame of 640x480 on two cores: hand long shots in as every n-th frame and put
-`vgr.geometry.cameras.interpolate` between.
+SIFT, matched with the next five frames where the picture's motion leads (`vgr.geometry.features`), and pycolmap, one
+pinhole camera. Frames 8 or 16 apart are not matched: where textures repeat, as in a game's, more than half of such
+matches are of another tile; of the nearer pairs those go that the frames between contradict. Mapped globally, and also
+incrementally where that leaves frames out or matches of neighbouring frames unexplained: the two go wrong on different
+walks. Where both do, from frames at most two and three apart. The better cameras are taken, and refused if they leave
+many unexplained. Frames that only turn, where no translation can be seen, get rotations from the matches alone: the
+turn between two frames that best carries unit bearings onto each other, reweighted, and all turns of the shot made
+consistent by their spectral average.
+Half a second a frame of 640x480 by one core, a second where both mappers are asked: hand long shots in as every n-th
+frame and put `vgr.geometry.cameras.interpolate` between.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from vgr.geometry.alignment import rotation_mean, turn_between
 from vgr.geometry.cameras import fov_deg, from_fov, interpolate
 from vgr.geometry.checks import FOV_DEG
 from vgr.geometry.conventions import Array
-from vgr.geometry.mapping import OVERLAP, map_frames, match_frames
+from vgr.geometry.mapping import ALONE, OVERLAP, map_frames, match_frames
 from vgr.geometry.matches import Pairs, explained
 
 if TYPE_CHECKING:
     import pycolmap
 
 MAPPERS = ("global", "incremental")
-_THEN = (("incremental", 3), ("global", 2))  # and how far apart frames may be, where no way brought right cameras
+_THEN = (("global", 2), ("incremental", 3))  # and how far apart frames may be, where no way brought right cameras
 SCALE_SPREAD = 2.0  # of the metres of a unit from frame to frame, standard deviation over mean (world-model 8)
 MIN_REGISTERED, MAX_REPROJECTION_PX = 0.5, 2.0
 MAX_JUMP = 3.0  # change of a step, over the shot's fast steps; a frame placed wrongly goes there and back
-# Right cameras agree by 0.69 (much sky, which goes with the eye) to 0.98, most wrong ones by 0.53 at most, but 0.74 was
-# seen: between the limits only what both mappers tell alike is taken, unless one of them is refused by itself.
-MIN_AGREEMENT, _SURE, MAX_APART_DEG = 0.65, 0.9, 1.0
+# Right cameras of engine walks agree by 0.67 (much sky, which goes with the eye) to 0.96, most wrong ones by 0.63 at
+# most, but 0.74 was seen: between the limits only what both mappers tell alike is taken, unless one of them is refused
+# by itself.
+MIN_AGREEMENT, _SURE, MAX_APART_DEG = 0.65, 0.8, 1.0
 _TURNED_PX = 0.6  # what is left of the matches' motion, turns taken out, where nothing but turns is to be seen
 _NEARLY_TURNED_PX = 3.0  # the same where mapping failed
 
@@ -78,7 +79,7 @@ class Reconstruction:
 
 def reconstruct(
     frames_FHW3: ArrayLike, intrinsics: ArrayLike | None = None, *, mapper: str = "global",
-    depth_m: float | ArrayLike | None = None, seed: int = 0, threads: int = 1,
+    depth_m: float | ArrayLike | None = None, seed: int = 0,
 ) -> Reconstruction:
     """Cameras of one shot, frames (F,H,W,3) uint8, F >= 2.
 
@@ -86,8 +87,8 @@ def reconstruct(
     is estimated (`vgr.data.video` gives frames whose pixels are square). mapper: the one of MAPPERS to ask first.
     depth_m gives metres: the median depth of what the shot shows, or planar depth maps (F,h,w) in metres of any size
     (0, negative or not finite: unknown). A failure is a result with a reason, never an error; ValueError is for
-    arguments. Equal arguments give equal results, by one thread: features and matching by more are faster, but the
-    OpenBLAS within pycolmap 4.2.1 is not made for it ("Bad memory unallocation"), and one result in fifty differed.
+    arguments. Equal arguments give equal results: mapping keeps to one thread, since with two equal runs differ, and
+    the OpenBLAS within pycolmap 4.2.1 is not made for it ("Bad memory unallocation").
     """
     frames, k, depth = _checked(frames_FHW3, intrinsics, mapper, depth_m)
     failed = Reconstruction(
@@ -96,7 +97,7 @@ def reconstruct(
     )
     with tempfile.TemporaryDirectory(prefix="vgr-poses-") as name:
         folder = Path(name)
-        pairs = match_frames(folder, frames, k, seed, threads)
+        pairs = match_frames(folder, frames, k, seed)
         if not pairs:
             return replace(failed, reason="no two frames share enough features: too little texture, or too fast")
         turned, parallax_px = _rotations(pairs, failed, frames.shape[1:3])
@@ -107,10 +108,11 @@ def reconstruct(
         for i, (way, overlap) in enumerate((*ways, *_THEN)):
             if i >= len(ways) and any(not one.reason for one in found):
                 break
-            model = map_frames(folder, way, overlap, k is None, seed, insist=parallax_px >= _NEARLY_TURNED_PX)
+            with ALONE:
+                model = map_frames(folder, way, overlap, k is None, seed, insist=parallax_px >= _NEARLY_TURNED_PX)
             if model is not None:
                 found.append(_structure(model, failed, frames.shape[1:3], depth, pairs))
-            if found and not found[-1].reason and found[-1].registered * found[-1].agreement >= _SURE:
+            if found and not found[-1].reason and found[-1].registered == 1 and found[-1].agreement >= _SURE:
                 break
     best = max(found, key=lambda one: (not one.reason, one.registered * one.agreement), default=None)
     right = [one for one in found if not one.reason]
@@ -136,7 +138,7 @@ def estimate_cameras(
     count = len(frames_FHW3)
     at = np.union1d(np.arange(0, count, max(1, round(fps / 8))), [count - 1])
     depth_m = None if depth_of is None else depth_of(frames_FHW3[at])
-    found = reconstruct(frames_FHW3[at], intrinsics, depth_m=depth_m, threads=1)
+    found = reconstruct(frames_FHW3[at], intrinsics, depth_m=depth_m)
     known = np.isfinite(found.c2w).all((1, 2))
     if found.reason or not known.all():
         raise ValueError(found.reason or f"{(~known).sum()} of {len(at)} frames could not be registered")

@@ -1,7 +1,7 @@
 """Speed, latency and memory of generation (benchmarks spec, section 7).
 
 Times are taken here, from a clock and from the frames that arrive, never from what a generator says of itself: all but
-`denoise_s`, which only it knows and which is reported under that name alone.
+its stages, which only it knows (`Stages`), and what is left of a request beside them is told.
 """
 
 from __future__ import annotations
@@ -20,7 +20,38 @@ from vgr.metrics.statistics import Interval
 Timing = dict[str, Any]
 Watch = Callable[[NDArray[np.uint8]], None]
 Request = Callable[[Watch], tuple[NDArray[np.uint8], Timing]]
+# Dense bf16 operations a second by the device's name, the first that is part of it (benchmarks spec, 7.1).
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+STAGES = ("text", "encode", "denoise", "decode")
 LEAST = {50: 1, 90: 10, 95: 100, 99: 100}  # percentile -> chunks it needs to be more than the slowest one
+
+
+class Stages:
+    """Seconds by stage of one request: on a GPU between events in its stream, which hold nothing up, else by the clock.
+
+    `mark` names what ran since the mark before; `seconds` waits for the device, once, and sums by name.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = _cuda() if device.startswith("cuda") else None
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("")
+
+    def mark(self, stage: str) -> None:
+        event: Any = time.perf_counter()
+        if self._cuda is not None:
+            event = self._cuda.Event(enable_timing=True)
+            event.record()
+        self._marks.append((stage, event))
+
+    def seconds(self) -> dict[str, float]:
+        """By stage, those that ran."""
+        if self._cuda is not None:
+            self._cuda.synchronize()
+        found: dict[str, float] = {}
+        for (_, a), (stage, b) in zip(self._marks, self._marks[1:]):
+            found[stage] = found.get(stage, 0.0) + (b - a if self._cuda is None else a.elapsed_time(b) / 1000)
+        return found
 
 
 def measure_requests(
@@ -30,10 +61,13 @@ def measure_requests(
 
     A request takes watch(frames (B,f,H,W,3)), to be called with frames on the host as they are decoded, and returns all
     of them (B,F,H,W,3) with its own timings. A timing: wall_s, frames (of all videos), videos, arrivals [[seconds,
-    frames]] of each video's pieces, held_bytes then, memory_bytes at the end, and the generator's denoise_s.
+    frames]] of each video's pieces, held_bytes then, memory_bytes at the end, the generator's stages (<stage>_s), and
+    the operations of its first warm-up as torch counts them (products, convolutions, attention; kernels of Triton are
+    not seen) with the device's peak.
     """
     timings: list[Timing] = []
-    for request in (*requests[:1] * warmup, *requests):
+    counted = _operations(requests[0]) if warmup and requests else {}
+    for request in (*requests[:1] * (warmup - 1), *requests):
         if (cuda := _cuda()) is not None:
             cuda.reset_peak_memory_stats()
         pieces: list[tuple[float, int, int]] = []
@@ -46,9 +80,22 @@ def measure_requests(
         videos, own = request(watch)
         wall = clock() - start  # decoded videos are on the host: the device has finished
         timings.append({"wall_s": wall, "frames": int(videos.shape[0] * videos.shape[1]), "videos": len(videos),
-                        "arrivals": [[at - start, count] for at, count, _ in pieces], "denoise_s": own.get("denoise_s"),
-                        "held_bytes": [held for *_, held in pieces], "memory_bytes": memory_bytes()})  # fmt: skip
-    return timings[warmup:]
+                        "arrivals": [[at - start, count] for at, count, _ in pieces], "memory_bytes": memory_bytes(),
+                        "held_bytes": [held for *_, held in pieces], **counted,
+                        **{f"{x}_s": own[f"{x}_s"] for x in STAGES if f"{x}_s" in own}})  # fmt: skip
+    return timings[max(0, warmup - 1) :]
+
+
+def _operations(request: Request) -> Timing:
+    """flops of a request, where torch counts any, and peak_flops of the device, where it is known."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        request(lambda frames: None)
+    name = cuda.get_device_name() if (cuda := _cuda()) is not None else ""
+    peak = next((x for part, x in PEAKS.items() if part in name), None)
+    told = {"flops": counter.get_total_flops(), "peak_flops": peak}
+    return {k: v for k, v in told.items() if v}
 
 
 def memory_bytes() -> dict[str, int]:
@@ -74,8 +121,9 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
     first_frame_s: request (text not yet encoded) to the first frames on the host. frames_per_s: all frames by the whole
     time; steady_: those after the second piece by their time; denoise_: by denoising alone. realtime_factor: seconds of
     one video by the whole time. late_share: pieces that arrive after a player that began with the first would show
-    them. latency_s_per_min, memory_gb_per_min: Theil-Sen slopes over the rollout of the time a piece takes and of what
-    is held. control_latency_s as given. memory_*_gb as `memory_bytes`.
+    them. stage_<stage>_s: seconds of it, stage_other_s what no stage has. tflops_per_s: operations by the whole time,
+    mfu: of the device's peak. latency_s_per_min, memory_gb_per_min: Theil-Sen slopes over the rollout of the time a
+    piece takes and of what is held. control_latency_s as given. memory_*_gb as `memory_bytes`.
     """
     found: dict[str, list[float]] = {}
 
@@ -90,6 +138,13 @@ def summarize(timings: Sequence[Timing], fps: float) -> dict[str, list[float]]:
             add("frames_per_s", t["frames"] / t["wall_s"])
             add("realtime_factor", t["frames"] / t.get("videos", 1) / fps / t["wall_s"])
         add("denoise_frames_per_s", t["frames"] / t["denoise_s"] if t.get("denoise_s") else np.nan)
+        stages = {x: t[f"{x}_s"] for x in STAGES if t.get(f"{x}_s") is not None}
+        for stage, seconds in stages.items() if t.get("wall_s") and len(stages) > 1 else ():
+            add(f"stage_{stage}_s", seconds)
+        add("stage_other_s", t["wall_s"] - sum(stages.values()) if t.get("wall_s") and len(stages) > 1 else np.nan)
+        if t.get("wall_s") and t.get("flops"):
+            add("tflops_per_s", t["flops"] / t["wall_s"] / 1e12)
+            add("mfu", t["flops"] / t["wall_s"] / t["peak_flops"] if t.get("peak_flops") else np.nan)
         add("control_latency_s", t.get("control_latency_s") or np.nan)
         if len(pieces) > 2:
             times, counts = pieces.T

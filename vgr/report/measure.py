@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path as File
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ from vgr.report.judges import Judge
 from vgr.report.sets import VideoSet, fingerprint
 from vgr.report.table import FD, POSE_ERRORS
 from vgr.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from vgr.geometry.reconstruct import Reconstruction
 
 Array = NDArray[np.float64]
 Frames = NDArray[np.uint8]
@@ -87,8 +90,8 @@ def measure_set(
         key, info = keys[index], videos.info
         own = (paths or {}).get(key, ())
         files = [s.folder / f"{key}.mp4" for s in (videos, truth) if s is not None]
-        given = videos.folder / f"{key}.features.npz"
-        data = [x.read_bytes() for x in (*files, given) if x != given or x.is_file()]
+        files += [x for x in (videos.folder / f"{key}.{kind}.npz" for kind in ("features", "poses")) if x.is_file()]
+        data = [x.read_bytes() for x in files]
         told: list[Any] = [hashlib.sha256(x).hexdigest() for x in (*data, *(a.tobytes() for p in own for a in p))]
         told += [info.get("fps"), info.get("chunk_starts")]
         told += [info.get(name, {}).get(key) for name in ("cuts", "changes", "captions", "returns")]
@@ -135,7 +138,7 @@ def _measure(
         rate = float(videos.info.get("fps") or fps)
         seen = Video(key, videos.info, lambda: (frame for frame, _ in iter_video(place)), count, rate, cuts)
         values, trend = _trends(job, seen)
-        return Measured(key, values | _structure(job, seen, paths)[0], trend, {})
+        return Measured(key, values | _structure(job, videos, seen, paths)[0], trend, {})
     video, fps = videos.video(key, job.frames)
     chance = np.random.default_rng(derive_seed(job.protocol["seed"], "clip", index))
     if row == "reference":
@@ -160,7 +163,7 @@ def _measure(
         values |= _quality(job, videos, key, video, fps)
     for prefix, scores in zip(("", "other_"), pose_values(video, paths) if paths else ()):
         values.update({prefix + k: v for k, v in scores.items()})
-    more, estimate = _structure(job, seen, paths)
+    more, estimate = _structure(job, videos, seen, paths)
     values |= more
     if paths and "revisit" in job.protocol:
         lpips = job.judges["lpips"].frames if "lpips" in job.judges else None
@@ -252,41 +255,45 @@ def pose_values(video: Frames, paths: Sequence[Path]) -> list[dict[str, float]]:
     return [{**{k: float(s[k]) for k in POSE_ERRORS}, "pose_coverage": float(s["coverage"])} for s in scores]
 
 
-def _structure(job: Job, seen: Video, paths: Sequence[Path]) -> tuple[dict[str, float], Array | None]:
-    """What structure from motion of the longest shot's keyframes gives, and every frame's camera, interpolated.
+def _structure(
+    job: Job, videos: VideoSet, seen: Video, paths: Sequence[Path]
+) -> tuple[dict[str, float], Array | None]:
+    """What structure from motion of the longest shot's keyframes gives, and every frame's camera, interpolated; in its
+    place cameras that another estimator found, <key>.poses.npz: c2w (F,4,4), NaN where it found none.
 
     With a commanded path come errors, ours and by every published convention, and its intrinsics where they do not
     change. Nothing below `least_height`; a reconstruction with a reason not to use it counts as not registered.
     """
-    import cv2
     import torch
 
     from vgr.geometry.cameras import interpolate
-    from vgr.geometry.reconstruct import reconstruct
     from vgr.metrics.camera_pose import pose_errors
     from vgr.metrics.pose_conventions import KEYS, published_errors
 
     settings, edges = job.protocol.get("pose"), [0, *seen.cuts, seen.count]
-    if settings is None or importlib.util.find_spec("pycolmap") is None:
+    place = videos.folder / f"{seen.key}.poses.npz"
+    if settings is None or not place.is_file() and importlib.util.find_spec("pycolmap") is None:
         return {}, None
     start, end = max(zip(edges, edges[1:]), key=lambda shot: shot[1] - shot[0])
     at = list(range(start, end, max(1, round(seen.fps / settings["per_s"]))))[: settings["frames"]]
     if paths and len(paths[0][0]) < seen.count:
         raise ValueError(f"{seen.key}.mp4 has {seen.count} frames and {len(paths[0][0])} cameras; give one a frame")
-    if len(at) < 3 or next(iter(seen.look())).shape[0] < settings["least_height"]:
+    if place.is_file():
+        given = arrays(place, {"c2w"}, np.float64).get("c2w", np.zeros(0))
+        if given.shape != (seen.count, 4, 4):
+            raise ValueError(f"{place}: c2w has the shape {given.shape}; {(seen.count, 4, 4)} is needed")
+        est, fov = given[at], None
+    elif len(at) < 3 or next(iter(seen.look())).shape[0] < settings["least_height"]:
         return {}, None
-    small, wanted = [], set(at)
-    for frame in (f for i, f in enumerate(islice(iter(seen.look()), at[-1] + 1)) if i in wanted):
-        scale = min(1.0, settings["long_side"] / max(frame.shape[:2]))
-        size = tuple(round(scale * s) for s in frame.shape[1::-1])
-        small.append(cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame)
-    fixed = paths and np.ptp(paths[0][1][at], axis=0).max() < 1e-6
-    found = reconstruct(np.stack(small), paths[0][1][at[0]] if fixed else None, threads=settings["threads"])
-    est = np.full_like(found.c2w, np.nan) if found.reason else found.c2w
+    else:
+        found = _reconstructed(seen, at, settings["long_side"], paths)
+        est = np.full_like(found.c2w, np.nan) if found.reason else found.c2w
+        fov = float(np.rad2deg(2 * np.arctan(0.5 / found.intrinsics[0])))
     known = np.isfinite(est).all((1, 2))
     values, every = {"sfm_coverage": float(known.mean())}, np.full((seen.count, 4, 4), np.nan)
+    values["sfm_given"] = float(fov is None)
     if known.sum() > 1:
-        values["sfm_fov_deg"] = float(np.rad2deg(2 * np.arctan(0.5 / found.intrinsics[0])))
+        values |= {} if fov is None else {"sfm_fov_deg": fov}
         own = torch.tensor(at)[torch.from_numpy(known)]
         between = torch.arange(int(own[0]), int(own[-1]) + 1)
         every[between] = interpolate(torch.from_numpy(est[known]), own, between).numpy()
@@ -297,6 +304,21 @@ def _structure(job: Job, seen: Video, paths: Sequence[Path]) -> tuple[dict[str, 
             errors = published_errors(est, paths[0][0][at], name)
             values |= {f"{name}_{key}": float(errors[key]) for key in keys}
     return values, every
+
+
+def _reconstructed(seen: Video, at: list[int], long_side: int, paths: Sequence[Path]) -> Reconstruction:
+    """Of the frames `at`, reduced to long_side, with the commanded intrinsics where they do not change."""
+    import cv2
+
+    from vgr.geometry.reconstruct import reconstruct
+
+    small, wanted = [], set(at)
+    for frame in (f for i, f in enumerate(islice(iter(seen.look()), at[-1] + 1)) if i in wanted):
+        scale = min(1.0, long_side / max(frame.shape[:2]))
+        size = tuple(round(scale * s) for s in frame.shape[1::-1])
+        small.append(cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if scale < 1 else frame)
+    fixed = paths and np.ptp(paths[0][1][at], axis=0).max() < 1e-6
+    return reconstruct(np.stack(small), paths[0][1][at[0]] if fixed else None)
 
 
 def all_features(

@@ -7,7 +7,8 @@ set.json: {"format": 1, "made_by": {...}, "fingerprint": sha256 of made_by, "cli
 "chunk_starts": [frames], "units": {key: prompt or scene}, "returns": {key: pairs of shots that show one subject},
 "cameras": false where none were asked for, and "timings" (what `vgr.metrics.frame_rate` measures; ours lie in
 timings.json)}.
-Only the videos are required of a set that somebody else made. <key>.features.npz: see `vgr.metrics.vbench`.
+Only the videos are required of a set that somebody else made. <key>.features.npz: see `vgr.metrics.vbench`;
+<key>.poses.npz: c2w (F,4,4), cameras that another estimator found in the video, NaN where it found none.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from vgr.data.files import write_text
 from vgr.data.shards import DamagedSample, Sample, Shards
 from vgr.data.video import read_video
 from vgr.geometry.cameras import fov_deg
-from vgr.report import media
+from vgr.report import media, page
 from vgr.report.curves import Line, chart, path_from_above
 
 _READ, _SHOWN, _WIDTH = 512, 12, 112  # clips whose figures are read; of which shown; a picture's width in pixels
@@ -23,18 +23,11 @@ _READ, _SHOWN, _WIDTH = 512, 12, 112  # clips whose figures are read; of which s
 
 def write(folder: str | Path) -> Path:
     """Write inspect.html into a folder of shards, or of splits that are. Raises ValueError where there are none."""
-    from jinja2 import Environment, FileSystemLoader
-
     folder = Path(folder)
     splits = [p for p in (folder, *sorted(folder.glob("*"))) if (p / "manifest.json").is_file()]
     if not splits:
         raise ValueError(f"inspect={folder}: holds no finished shards (manifest.json), nor do its folders")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template("inspect.html").render(
-        title=folder.resolve().name, splits=[_split(p) for p in splits]
-    )
+    html = page.render("inspect.html", title=folder.resolve().name, splits=[_split(p) for p in splits])
     write_text(folder / "inspect.html", html)
     return folder / "inspect.html"
 

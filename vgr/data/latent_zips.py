@@ -96,7 +96,7 @@ class LatentZips:
               text: TextArrays | None = None, text_made_by: dict[str, Any] | None = None,
               samples_per_shard: int = 8) -> int:
         """Write the first `count` clips of the split that `folder` is named after, continuing; returns how many were
-        new. What cannot be read is left out and stands in the manifest and dropped.json with what the scan dropped.
+        new. What cannot be read is left out and stands in dropped.json with what the scan dropped (under train).
         seed and device are not used: nothing is drawn or computed."""
         plan = self._plan[folder.name][:count]
         extra: dict[str, Any] = {
@@ -128,10 +128,9 @@ class LatentZips:
             if not (writer.shards or new):
                 told = next(iter(unreadable.known.values()))["why"]
                 raise ValueError(f"{folder}: no clip of {len(plan)} can be read; the first: {told}")
-        lost = self._dropped if folder.name == "train" else []
-        told = unreadable.known
-        lost = lost + [_lost(*c, "unreadable", told[" ".join(c)]["why"]) for c in plan if " ".join(c) in told]
-        write_json(folder / "dropped.json", lost)
+            lost, told = self._dropped if folder.name == "train" else [], unreadable.known
+            lost = lost + [_lost(*c, "unreadable", told[" ".join(c)]["why"]) for c in plan if " ".join(c) in told]
+            write_json(folder / "dropped.json", lost)  # before the manifest, which ends the work
         return new
 
     def _clips(self, plan: Sequence[tuple[str, str]], start: int) -> Iterator[tuple[int, Any]]:

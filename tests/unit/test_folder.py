@@ -349,7 +349,7 @@ def test_depth_in_metres_goes_into_the_estimate_and_makes_it_metric(videos, tmp_
     folder, _ = videos
     given = []
 
-    def found(frames, intrinsics, *, depth_m, threads):
+    def found(frames, intrinsics, *, depth_m):
         given.append((len(frames), depth_m))
         c2w = np.tile(np.eye(4), (len(frames), 1, 1))
         return SimpleNamespace(c2w=c2w, intrinsics=K, confidence=1.0, reason="")

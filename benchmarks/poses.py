@@ -1,7 +1,7 @@
 """Do reconstructed cameras match the engine's? VizDoom walks at 640x480 have exact ones; what breaks it, in a table.
 
     python -m benchmarks.poses --out benchmarks/results/poses_doom.json
-    python -m benchmarks.poses --walks 3 --broken --out benchmarks/results/poses_doom_broken.json
+    python -m benchmarks.poses --walks 2 --broken --out benchmarks/results/poses_doom_broken.json
 
 Ten held-out walks that travel (a metre or more), written as mp4 and read again, taken in order of their index whatever
 comes back. A walk is well where every frame is registered, rotations are within 0.1 degrees on average after alignment

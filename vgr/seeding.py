@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -22,6 +23,12 @@ def torch_generator(seed: int, purpose: str, *position: int) -> torch.Generator:
 
 def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, purpose, *position))
+
+
+def held_out(names: Iterable[str], share: float) -> set[str]:
+    """About that share of names, each chosen by itself, whoever stands beside it; one at least where there are any."""
+    place = {name: derive_seed(0, f"held out {name}") / 2**63 for name in names}
+    return {name for name in place if place[name] < share} or set(sorted(place, key=place.__getitem__)[:1])
 
 
 def normal_like(x: Tensor, seed: int, purpose: str, positions: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from vgr.geometry.checks import check_cameras
 from vgr.geometry.conventions import check_convention
 from vgr.geometry.formats import read_cameras
 from vgr.geometry.reconstruct import estimate_cameras
-from vgr.seeding import derive_seed
+from vgr.seeding import held_out
 from vgr.types import Cameras
 
 Array = NDArray[np.float64]
@@ -167,9 +167,8 @@ class FolderSource:
 
     def _share_out(self, records: dict[str, dict[str, Any]]) -> None:
         self._records = records
-        share = {rel: derive_seed(0, f"held out {rel}") / 2**63 for rel in records}
         good = [rel for rel in records if records[rel]["clips"]]
-        held = {rel for rel in good if share[rel] < self.val_share} or set(sorted(good, key=share.__getitem__)[:1])
+        held = held_out(good, self.val_share)
         for split in self.splits:
             own = [rel for rel in records if (rel in held) == (split == "val")]
             self._plan[split] = [(rel, clip) for rel in own for clip in records[rel]["clips"]]

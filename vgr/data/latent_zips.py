@@ -24,7 +24,7 @@ from vgr.data.shards import Shards, ShardWriter
 from vgr.geometry.camera_file import UNREADABLE, CameraFile, read_npy, text, unpacked
 from vgr.geometry.checks import check_cameras
 from vgr.geometry.published import PublishedZip
-from vgr.seeding import derive_seed
+from vgr.seeding import held_out
 from vgr.types import Codec
 
 MAX_LATENT_BYTES = 1 << 30  # of one clip: a minute of 720p has 55 MB in fp32
@@ -46,7 +46,8 @@ class LatentZips:
                  limits: Mapping[str, Limit] | None = None, val_share: float = 0.05) -> None:
         self.raw, self.latents, self.codec = Path(raw), Path(latents), codec
         self.frames, self.size_hw, self.fps, self.licence = frames, (int(size_hw[0]), int(size_hw[1])), fps, licence
-        self.captions, self.limits, self.val_share = captions, dict(limits or {}), val_share
+        self.captions, self.val_share = captions, val_share
+        self.limits = {suffix: list(limit) for suffix, limit in (limits or {}).items()}
         t, h, w = codec.stride
         if frames < 1 or (frames - 1) % t or self.size_hw[0] % h or self.size_hw[1] % w or not 0 < val_share < 1:
             raise ValueError(f"source.frames={frames}, source.size_hw={list(size_hw)}, source.val_share={val_share}: "
@@ -62,9 +63,9 @@ class LatentZips:
             told = [f"{x['file']} {x['key']}: {x['rule']} {x['value']}" for x in self._dropped[0:3]]
             raise ValueError(f"source.raw={raw}: {len(good)} clips, of which one at least is held out; left out: "
                              f"{len(self._dropped)}, {'; '.join(told)}")
-        share = {clip: derive_seed(0, "held out " + " ".join(clip)) / 2**63 for clip in good}
-        held = {clip for clip in good if share[clip] < val_share} or {min(good, key=share.__getitem__)}
-        self._plan = {split: [c for c in good if (c in held) == (split == "val")] for split in ("train", "val")}
+        held = held_out(map(" ".join, good), val_share)
+        self._plan = {"train": [c for c in good if " ".join(c) not in held],
+                      "val": [c for c in good if " ".join(c) in held]}  # fmt: skip
 
     def count(self, split: str) -> int:
         """Clips of a split."""
@@ -101,7 +102,7 @@ class LatentZips:
         plan = self._plan[folder.name][:count]
         extra: dict[str, Any] = {
             "source": type(self).__name__, "split": folder.name, "frames": self.frames, "video": False, "clips": count,
-            "places": sorted({name for name, _ in plan}), "captions": self.captions, "limits": _plain(self.limits),
+            "places": sorted({name for name, _ in plan}), "captions": self.captions, "limits": self.limits,
         }  # fmt: skip
         if text is not None:
             extra["text"] = {**(text_made_by or {}), "null": "null.text.npy"}
@@ -217,7 +218,3 @@ def _score(value: Any) -> float | None:
         named = [value[name] for name in _SCORES if name in value]
         return next((x for x in map(_score, [*named, *value.values()]) if x is not None), None)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _plain(limits: Mapping[str, Limit]) -> dict[str, list[float | None]]:
-    return {suffix: list(limit) for suffix, limit in limits.items()}

@@ -85,8 +85,8 @@ def _mutual(a: Features, b: Features, i: NDArray[np.int64], j: NDArray[np.int64]
     """Of candidate pairs (i, j), those that are best for both and told apart from a's next best."""
     if not len(i):
         return np.zeros((0, 2), np.int64)
-    if len(i) == len(a.points) * len(b.points):
-        likeness = (a.descriptors @ b.descriptors.T).ravel()
+    if 4 * len(i) > len(a.points) * len(b.points):  # one product of all costs less than rows gathered for many pairs
+        likeness = (a.descriptors @ b.descriptors.T)[i, j]
     else:
         likeness = np.einsum("nd,nd->n", a.descriptors[i], b.descriptors[j])
     order = np.lexsort((j, -likeness, i))

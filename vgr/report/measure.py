@@ -125,7 +125,8 @@ def _read(place: File, key: str, mark: str) -> Measured | None:
 def _code() -> str:
     """A hash of the code that measures: numbers of other code are measured again."""
     here = File(__file__)
-    files = [*sorted((here.parents[1] / "metrics").glob("*.py")), here.with_name("judges.py"), here]
+    folders = (here.parents[1] / name for name in ("metrics", "geometry"))
+    files = [*(file for x in folders for file in sorted(x.glob("*.py"))), here.with_name("judges.py"), here]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 

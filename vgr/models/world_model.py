@@ -61,7 +61,7 @@ class Block(nn.Module):
         mixed, past = self.attn(modulated_norm(x, shift_a, scale_a), table, camera, chunks, past, shard)
         x = torch.addcmul(x, gate_a, mixed.float())
         if pluecker is not None:
-            x = x + self.plucker_proj(pluecker)
+            x += self.plucker_proj(pluecker)
         x = x + self.cross_attn(x, text, text_mask)
         mixed, before = self.mlp(modulated_norm(x, shift_f, scale_f), *grid, chunks.sizes, before, shard)
         return torch.addcmul(x, gate_f, mixed.float()), (past, before)

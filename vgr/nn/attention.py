@@ -80,6 +80,16 @@ def _per_frame(x: Tensor) -> Tensor:
     return x.permute(1, 0, 3, 2, 4).flatten(1, 2)
 
 
+def _per_frame_rotated(x: Tensor, table: Tensor) -> Tensor:
+    """`_per_frame` of x rotated; written straight to its place where no gradient asks for the way back."""
+    if torch.is_grad_enabled():
+        return _per_frame(rotate(x, table))
+    batch, frames, cells, heads, channels = x.shape
+    out = x.new_empty(frames, batch, heads, cells, channels)
+    rotate(x, table, out.permute(1, 0, 3, 2, 4))
+    return out.flatten(1, 2)
+
+
 def _per_token(x: Tensor, heads: int) -> Tensor:
     """(T,B*N,S,K) back to (B,T,S,N*K)."""
     return x.unflatten(1, (-1, heads)).permute(1, 0, 3, 2, 4).flatten(3)
@@ -188,7 +198,7 @@ class DualAttention(nn.Module):
             main, extra, memory = branch(x.float(), (q, k, v), cam, table, camera, chunks, memory, shard)
         if extra is not None:
             main = main + self.out_proj_cam(extra)
-        gate = F.silu(self.output_gate(x).float())
+        gate = F.silu(self.output_gate(x).float(), inplace=not torch.is_grad_enabled())
         return self.proj(main * gate), memory
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -197,7 +207,13 @@ class DualAttention(nn.Module):
     def _to_rays(self, x: Tensor, matrix: Tensor, table: Tensor) -> Tensor:
         """First half of each head by 4x4 groups, second half rotary (spec 4.2); x (B,T,S,N,K)."""
         geometric, rotary = x.chunk(2, dim=-1)  # not slices: the backward of a chunk is one concatenation
-        return torch.cat([transform_groups(geometric, matrix), rotate(rotary, table)], dim=-1)
+        if torch.is_grad_enabled():
+            return torch.cat([transform_groups(geometric, matrix), rotate(rotary, table)], dim=-1)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # each half straight to its place
+        left, right = out.chunk(2, dim=-1)
+        left.copy_(transform_groups(geometric, matrix))
+        rotate(rotary, table, right)
+        return out
 
     def _camera_qkv(self, q: Tensor, k: Tensor, v: Tensor, camera: CameraFrames) -> tuple[Tensor, Tensor, Tensor]:
         moved = [
@@ -224,11 +240,11 @@ class DualAttention(nn.Module):
             taps = getattr(self, taps)
             reach = taps.shape[-1] - 1
             if not isolated:
-                past = F.pad(k, (0, 0, 0, 0, reach, 0)) if tail is None else torch.cat([tail.to(k.dtype), k], dim=1)
-                last = past[:, -reach:]
+                past = [k.new_zeros(k.shape[0], reach, *k.shape[2:]) if tail is None else tail.to(k.dtype), k]
+                last = k[:, -reach:] if k.shape[1] >= reach else torch.cat(past, dim=1)[:, -reach:]
             k = symmetric_filter(k, taps, chunks.sizes, tail, isolated, shard)
         key_scale = (self.head_dim * k.shape[2]) ** -0.5
-        return self._heads(F.relu(norm(k) * key_scale)), last
+        return self._heads(F.relu(norm(k, key_scale), inplace=True)), last
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Update gate (B,T,S,N,1) per token and decay (T,B*N) per frame (spec 3.2)."""
@@ -252,9 +268,9 @@ class DualAttention(nn.Module):
         beta, decay = self._gates(x) if self.kind == "gdn" else (None, None)
         old = memory or DeltaMemory(*[None] * 5)
         q, k, v = qkv
-        q = self._heads(F.relu(self.q_norm(q)))
+        q = self._heads(F.relu(self.q_norm(q), inplace=True))
         k, tail = self._keys(k, self.k_norm, "conv_k", chunks, old.tail, shard)
-        q_rot, k_rot, v = _per_frame(rotate(q, table)), _per_frame(rotate(k, table)), _per_frame(self._heads(v))
+        q_rot, k_rot, v = _per_frame_rotated(q, table), _per_frame_rotated(k, table), _per_frame(self._heads(v))
         q, k = _per_frame(q), _per_frame(k)
         beta_main = None if beta is None else _per_frame(beta).squeeze(-1)
         maps = frame_summaries(k, None, beta_main, decay, self.scan_backend)
@@ -265,7 +281,7 @@ class DualAttention(nn.Module):
             read, state = frame_states(g, a, chunks.sizes, old.state, shard, self.scan_backend)
             return _per_token(q_rot @ read * weight, self.heads), None, DeltaMemory(state, norm, None, tail, None)
         q_cam, k_cam, v_cam = cam
-        q_cam = self._heads(F.relu(self.q_norm_cam(q_cam)))
+        q_cam = self._heads(F.relu(self.q_norm_cam(q_cam), inplace=True))
         isolated = self.cam_filter_isolated
         k_cam, tail_cam = self._keys(k_cam, self.k_norm_cam, "conv_k_cam", chunks, old.tail_cam, shard, isolated)
         q_ray, k_ray, v_ray = self._camera_qkv(q_cam, k_cam, self._heads(v_cam), camera)

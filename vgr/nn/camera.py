@@ -66,4 +66,5 @@ def limit_rms(transformed: Tensor, original: Tensor) -> Tensor:
     before, after = (
         torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6 for x in (original, transformed)
     )
-    return transformed * (before / after).sqrt().clamp(max=1.0)
+    factor = (before / after).sqrt().clamp(max=1.0)
+    return transformed * factor if torch.is_grad_enabled() else transformed.mul_(factor)

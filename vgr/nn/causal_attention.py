@@ -3,6 +3,8 @@
 Tokens are (B,T,S,D), frame-major and row-major inside a frame; heads (B,T,S,N,K). A call may hold every frame twice,
 as clean context and as noisy target (packed teacher forcing, CausalCine spec 3.2): a chunk of either role reads the
 clean frames before it and its own. Or the clean frames of the past come from a memory: both give equal outputs.
+A target chunk may read evidence beside them, which reads what the chunk reads of the past and itself, and which no
+clean frame and no other chunk reads (spec warp-adapter 8.3).
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgr.nn.embed import patches
 from vgr.nn.flex import frame_attention, frame_mask
-from vgr.nn.memory import Frame, Gathered, KeyValues, MemoryPolicy, route, take
+from vgr.nn.memory import Frame, Gathered, KeyValues, MemoryPolicy, Shown, route, take
 from vgr.nn.norm import RMSNorm
 from vgr.nn.rope import rope_table, rotate
-from vgr.types import Layout, Shard
+from vgr.types import HistoryBlock, Layout, Shard
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -49,7 +52,7 @@ class Call:
     table: rotations (T,S,K/2), of the call's frames if the policy `rotates_once`, else of positions 0, 1, ...;
     choices: what routing chose, (layer, chunk) to pool indices (B,routed). It is filled as layers run, so that later
     steps of a chunk, its commit, its context twin and a recomputed backward pass read what its first step read.
-    mask: of all chunks in one fused product, see `seen_frames`; None: chunk by chunk.
+    mask: of all chunks in one fused product, see `seen_frames`; None: chunk by chunk; shown: its evidence.
     """
 
     queries: tuple[Query, ...]
@@ -57,6 +60,7 @@ class Call:
     table: Tensor
     choices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     mask: BlockMask | None = None
+    shown: Shown | None = None
 
 
 def plan_call(
@@ -110,6 +114,55 @@ def seen_frames(queries: Sequence[Query], own: int, frames: int, together: bool)
     return seen
 
 
+def plan_evidence(
+    history: Sequence[HistoryBlock], frames: Sequence[tuple[Frame, int]], call: Call, policy: MemoryPolicy,
+    shape: torch.Size, size: int,
+) -> tuple[Shown, Tensor] | None:  # fmt: skip
+    """Where the kept tokens of a call's evidence stand, and their patches (M,C*size*size); None if all are dropped.
+
+    A token has the rotation of the target that it shows. shape: of the call's x; size: of a patch. ValueError for
+    evidence of another shape, or of frames that are no targets of the call.
+    """
+    batch, channels, _, height, width = shape
+    place, first = {f.position: f.chunk for f, role in frames if not role}, {}
+    for position, chunk in place.items():
+        first.setdefault(chunk, position)
+    for block in history:
+        count, keep = len(block.position), block.keep
+        fits = keep is None or keep.dtype == torch.bool and keep.shape == (batch, count, height // size, width // size)
+        if block.tier != "short" or block.latents.shape != (batch, channels, count, height, width) or not fits:
+            raise ValueError(
+                f"cond.history takes latents {(batch, channels, count, height, width)} of tier short and keep, if any, "
+                f"bool {(batch, count, height // size, width // size)} for {count} positions, got tier {block.tier}, "
+                f"{tuple(block.latents.shape)}, {None if keep is None else (keep.dtype, tuple(keep.shape))}"
+            )
+    position = [p for block in history for p in block.position.tolist()]
+    if not place.keys() >= set(position):
+        raise ValueError(f"cond.history shows frames {position}, but targets of this call are {list(place)}")
+    if len(call.queries) > 1 and any(len(query.spans) == 1 for query in call.queries):
+        raise ValueError(
+            "evidence (cond.history) would reach later chunks: pack the call, or give chunk by chunk a state"
+        )
+    tokens = torch.cat([patches(block.latents.float(), size) for block in history], dim=1)
+    all_kept = torch.ones(batch, 1, tokens.shape[2], dtype=torch.bool)
+    keeps = [(all_kept.expand(-1, len(b.position), -1) if b.keep is None else b.keep.flatten(2).cpu()) for b in history]
+    keep, spans, rows, at = torch.cat(keeps, dim=1), {}, [], 0
+    for query in call.queries:
+        start, inside = query.spans[0][0], [i for i, p in enumerate(position) if place[p] == query.chunk]
+        sample, i, cell = keep[:, inside].nonzero(as_tuple=True)
+        if len(sample):
+            chosen = 0 if query.choices is None else policy.routed
+            base = torch.tensor([start if policy.rotates_once else len(row) + chosen for row in query.always])
+            offset = torch.tensor([position[i] - first[query.chunk] for i in inside])
+            rows.append(torch.stack([sample, torch.tensor(inside)[i], cell, base[sample] + offset[i]]))
+            ends = (at + sample.bincount(minlength=batch).cumsum(0)).tolist()
+            spans[start], at = list(zip([at, *ends], ends)), ends[-1]
+    if not rows:
+        return None
+    sample, frame, cell, turn = torch.cat(rows, dim=1).to(tokens.device)
+    return Shown(spans, call.table[turn, cell]), tokens[sample, frame, cell]
+
+
 class CausalAttention(nn.Module):
     """Self-attention over a chunk and its memory; q and k are normalised over all heads together (spec 2.2)."""
 
@@ -122,15 +175,16 @@ class CausalAttention(nn.Module):
 
     def forward(
         self, x: Tensor, call: Call, past: Sequence[KeyValues] = (), gathered: Gathered | None = None,
-        shard: Shard | None = None,
-    ) -> tuple[Tensor, KeyValues, Gathered | None]:  # fmt: skip
+        shard: Shard | None = None, shown: Tensor | None = None, told: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, KeyValues, Gathered | None, Tensor | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
         """x (B,T,S,D) to the same shape; keys and values of the call's clean frames; what its last chunk has read.
 
         past: this layer's of the memory; gathered: what an earlier call for the same only chunk has read. shard: x
         holds this rank's cells of every frame; memory and what is gathered hold all cells of this rank's heads.
+        shown (1,1,M,D): evidence where `call.shown` says, told: its rotated keys and values of an earlier call in its
+        place; they are returned last, after shown to the same shape.
         """
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q_norm(q), self.k_norm(k), v))
+        q, k, v = self._heads(x)
         if shard is not None:
             together = torch.stack([q.to(v.dtype), k.to(v.dtype), v], dim=3)
             q, k, v = cells_to_heads(together, call.table.shape[1], shard).unbind(3)
@@ -143,16 +197,26 @@ class CausalAttention(nn.Module):
         own = KeyValues(k[:, a:b], v[:, a:b], mean)
         chunks = self._chunks(q, k, v, query_means, [*past, own], call, gathered, shard)
         if call.mask is None:
-            parts = []
+            parts, said, asked = [], [], None
+            if shown is not None:
+                asked, *told = self._heads(shown)
+                asked, told[0] = (self._turn(y, call.shown.table).to(told[1].dtype) for y in (asked, told[0]))
             for start, *chunk, gathered in chunks:
-                parts.append((start, self._attend(*chunk, gathered)))
+                spans = None if call.shown is None else call.shown.spans.get(start)
+                beside = () if spans is None else (spans, told, asked, said)
+                parts.append((start, (self._beside if beside else self._attend)(*chunk, gathered, *beside)))
+            shown = self.proj(torch.cat(said, dim=2).flatten(3)) if said else None
             out = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])], dim=1)
         elif policy.same_everywhere:
             out = frame_attention(q.to(v.dtype), k, v, call.mask)
         else:
             out = self._at_once(chunks, call.mask)
         out = out if shard is None else heads_to_cells(out, shard)
-        return self.proj(out.flatten(3)), own, gathered
+        return self.proj(out.flatten(3)), own, gathered, shown, told
+
+    def _heads(self, x: Tensor) -> Iterator[Tensor]:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return (y.unflatten(-1, (self.heads, -1)) for y in (self.q_norm(q), self.k_norm(k), v))
 
     def _chunks(
         self, q: Tensor, k: Tensor, v: Tensor, query_means: Sequence[Tensor], pool: Sequence[KeyValues], call: Call,
@@ -206,19 +270,37 @@ class CausalAttention(nn.Module):
         valid = torch.tensor([[i < len(row) for i in range(most)] for row in always], device=query_mean.device)
         return [row + [0] * (most - len(row)) for row in always], valid
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gathered: Gathered) -> Tensor:
-        """Tokens of one chunk (B,L,S,N,K) over what it has gathered and themselves."""
+    def _beside(
+        self, q: Tensor, k: Tensor, v: Tensor, gathered: Gathered, spans: list[tuple[int, int]],
+        told: Sequence[Tensor], asked: Tensor | None, said: list[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """`_attend` with the evidence of each sample, whose own outputs, if it is asked, join `said`.
+
+        One by one: samples keep unequally many tokens, and fused kernels would rather have no mask.
+        """
+        rows = []
+        for b, (start, end) in enumerate(spans):
+            *own, old_k, old_v, valid = (None if y is None else y[b : b + 1] for y in (q, k, v, *gathered))
+            evidence = [y[:, :, start:end] for y in told]
+            rows.append(self._attend(*own, (old_k, old_v, valid), evidence))
+            if asked is not None and start < end:
+                said.append(self._attend(asked[:, :, start:end], *evidence, (old_k, old_v, valid)))
+        return torch.cat(rows)
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, gathered: Gathered, evidence: Sequence[Tensor] = ()) -> Tensor:
+        """Tokens of one chunk (B,L,S,N,K) over what it has gathered, keys and values of evidence, and themselves."""
         old_k, old_v, valid = gathered
-        frames, cells = q.shape[1:3]
+        shape = q.shape[1:3]
+        together = [(old_k, old_v), *([evidence] if evidence else []), (k, v)]
+        together = [[y.flatten(1, 2) for y in pair] for pair in together if pair[0].shape[1:3].numel()]
+        k, v = (torch.cat(y, dim=1) if len(y) > 1 else y[0] for y in zip(*together))
         mask = None
         if valid is not None:
-            seen = torch.cat([valid, valid.new_ones(len(valid), frames)], dim=1)
-            mask = seen.repeat_interleave(cells, dim=1)[:, None, None]
-        if old_k.shape[1]:
-            k, v = torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)
-        q, k, v = (y.flatten(1, 2).transpose(1, 2) for y in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.transpose(1, 2).unflatten(1, (frames, cells))
+            seen = valid.repeat_interleave(old_k.shape[2], dim=1)
+            mask = F.pad(seen, (0, k.shape[1] - seen.shape[1]), value=True)[:, None, None]
+        q, k, v = (y.transpose(1, 2) for y in (q.flatten(1, 2), k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).unflatten(1, shape)
 
     @staticmethod
     def _at_once(chunks: Iterator[tuple[int, Tensor, Tensor, Tensor, Gathered]], mask: BlockMask) -> Tensor:
@@ -249,6 +331,17 @@ def heads_to_cells(x: Tensor, shard: Shard) -> Tensor:
     held = spans[shard.rank][1] - spans[shard.rank][0]
     x = shard.all_to_all(x.permute(2, 0, 1, 3, 4), [b - a for a, b in spans], [held] * shard.size)
     return x.unflatten(0, (shard.size, held)).permute(2, 3, 1, 0, 4, 5).flatten(3, 4)
+
+
+def text_runs(frames: Sequence[tuple[Frame, int]]) -> list[tuple[int, int, list[int]]]:
+    """Stretches of frames that read the same text in every sample."""
+    runs: list[tuple[int, int, list[int]]] = []
+    for i, (frame, _) in enumerate(frames):
+        if runs and runs[-1][2] == list(frame.prompt):
+            runs[-1] = (runs[-1][0], i + 1, runs[-1][2])
+        else:
+            runs.append((i, i + 1, list(frame.prompt)))
+    return runs
 
 
 class PaddedCrossAttention(nn.Module):

@@ -49,7 +49,8 @@ class ConvFeedForward(nn.Module):
 
     def _per_frame(self, x: Tensor, height: int, width: int) -> Tensor:
         """The feed-forward of single frames (F,S,D)."""
-        h = F.silu(self.expand(x)).unflatten(1, (height, width))
+        fresh = not torch.is_grad_enabled()  # large tensors, and pages of new ones cost more than the arithmetic
+        h = F.silu(self.expand(x), inplace=fresh).unflatten(1, (height, width))
         h = self.depthwise(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         value, gate = h.flatten(1, 2).chunk(2, dim=-1)
-        return self.project(value * F.silu(gate))
+        return self.project(value * F.silu(gate, inplace=fresh))

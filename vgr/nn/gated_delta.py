@@ -67,6 +67,24 @@ class _FrameStates(torch.autograd.Function):
         return grad_g, to_ahead, None, grad_initial, to_behind[-1] if ctx.followed else None
 
 
+def _states_at_once(
+    g: Tensor, a: Tensor, ends: frozenset[int], initial: Tensor | None, following: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`_FrameStates` where nothing is kept for a backward pass: written in place, the same numbers."""
+    read = a.clone()
+    if initial is not None:
+        read[0].baddbmm_(g[0], initial)
+    for t in range(1, len(a)):
+        read[t].baddbmm_(g[t], read[t - 1])
+    last, behind = read[-1].clone(), None if len(a) - 1 in ends else following
+    for u in range(len(a) - 1, -1, -1):
+        if behind is not None:
+            read[u] += behind
+        if u:
+            behind = None if u - 1 in ends else a[u] if behind is None else torch.baddbmm(a[u], g[u], behind)
+    return read, last
+
+
 def _composed(g: Tensor | None, a: Tensor) -> tuple[Tensor, Tensor]:
     """All maps after one another as one: C = G_{T-1} ... G_0 (X,K,K) and H (X,K,E), neighbours joined pair by pair."""
     if g is None:
@@ -119,6 +137,8 @@ def frame_states(
         from vgr.nn import gated_delta_triton
 
         return gated_delta_triton.bidirectional_states(g, a, sizes, initial)
+    if g is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _states_at_once(g, a, frozenset(ends[:-1] if goes_on else ends), initial, following)
     if g is not None:
         return _FrameStates.apply(g, a, frozenset(ends[:-1] if goes_on else ends), initial, following)
     ahead = a.cumsum(0) if initial is None else a.cumsum(0) + initial

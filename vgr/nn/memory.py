@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from vgr.types import Conditioning, Shard
+from vgr.types import Conditioning, HistoryBlock, Shard
 
 PLACES = ("device", "pinned", "recomputed")
 
@@ -160,11 +160,32 @@ Gathered = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Where the kept tokens of a call's evidence stand in one row of M: chunk after chunk, in each sample after sample.
+
+    spans: by a chunk's first target frame in the call, the stretch of the row of each sample; table (M,K/2): rotations.
+    """
+
+    spans: dict[int, list[tuple[int, int]]]
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class Told:
+    """Evidence of the chunk at work, for its later steps: each layer's rotated keys and values (1,1,M,N,K)."""
+
+    history: tuple[HistoryBlock, ...]
+    shown: Shown
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class CausalVideoState:
     """What the model remembers; opaque to callers.
 
-    blocks: committed chunks that may still be read; frames, chunk: latent frames and chunks committed; choices and
-    gathered: what the chunk at work has chosen and read, layer by layer; detach: commits store no graph.
+    blocks: committed chunks that may still be read; frames, chunk: latent frames and chunks committed; choices,
+    gathered and told: what the chunk at work has chosen, read and was shown, layer by layer; detach: commits store no
+    graph.
     """
 
     blocks: tuple[ChunkMemory, ...]
@@ -173,6 +194,7 @@ class CausalVideoState:
     detach: bool
     choices: dict[tuple[int, int], Tensor] | None = None
     gathered: tuple[Gathered, ...] | None = None
+    told: Told | None = None
 
 
 def committed(
@@ -186,7 +208,7 @@ def committed(
         own = None
         if policy.place == "recomputed" and state.detach:
             choices = {key: choice for key, choice in made.choices.items() if key[1] == chunk}
-            cond = replace(made.cond.frames(a, b), cameras=None)
+            cond = replace(made.cond.frames(a, b), cameras=None, history=())
             own = Made(made.x[:, :, a:b].detach().clone(), made.t[:, a:b], cond, choices)
         layers = tuple(_cut(kv, a, b, state.detach) for kv in kept)
         blocks.append(ChunkMemory(tuple(frames[a:b]), layers, own))

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms (...,1) of the last axis, in one pass; the composite rms_norm of the CPU backend takes two."""
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) * weight in fp32; by hand, since the composite's backward passes over x twice as often."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # One pass for the norm; the composite rms_norm of the CPU backend squares and averages in two.
-        scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        scale = _inverse_rms(x, eps)
         unit = x * scale
         ctx.save_for_backward(unit, scale, weight)
         return unit * weight
@@ -42,8 +46,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.full((width,), scale))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x.float(), self.weight.float(), self.eps)
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """x of any shape (...,D), the result multiplied by `factor`."""
+        x, weight = x.float(), self.weight.float() * factor
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, weight, self.eps)
+        return (x * _inverse_rms(x, self.eps)).mul_(weight)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -35,7 +35,11 @@ def rope_table(
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the last axis' interleaved pairs: x (B,T,S,N,K) fp32, table (T,S,K/2). The inverse is `table.conj()`."""
+def rotate(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotate the last axis' interleaved pairs: x (B,T,S,N,K) fp32, table (T,S,K/2). The inverse is `table.conj()`.
+
+    out: where to write, without a gradient.
+    """
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table.unsqueeze(-2)).flatten(-2)
+    into = None if out is None else torch.view_as_complex(out.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(torch.mul(pairs, table.unsqueeze(-2), out=into)).flatten(-2)

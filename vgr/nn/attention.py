@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vgr.nn.camera import limit_rms, transform_groups
 from vgr.nn.gated_delta import frame_states, frame_summaries
 from vgr.nn.norm import RMSNorm
-from vgr.nn.precision import Linear32
+from vgr.nn.precision import Linear32, writes_in_place
 from vgr.nn.rope import rotate
 from vgr.nn.temporal import part, symmetric_filter
 from vgr.types import Shard
@@ -82,7 +82,7 @@ def _per_frame(x: Tensor) -> Tensor:
 
 def _per_frame_rotated(x: Tensor, table: Tensor) -> Tensor:
     """`_per_frame` of x rotated; written straight to its place where no gradient asks for the way back."""
-    if torch.is_grad_enabled():
+    if not writes_in_place():
         return _per_frame(rotate(x, table))
     batch, frames, cells, heads, channels = x.shape
     out = x.new_empty(frames, batch, heads, cells, channels)
@@ -198,7 +198,7 @@ class DualAttention(nn.Module):
             main, extra, memory = branch(x.float(), (q, k, v), cam, table, camera, chunks, memory, shard)
         if extra is not None:
             main = main + self.out_proj_cam(extra)
-        gate = F.silu(self.output_gate(x).float(), inplace=not torch.is_grad_enabled())
+        gate = F.silu(self.output_gate(x).float(), inplace=writes_in_place())
         return self.proj(main * gate), memory
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class DualAttention(nn.Module):
     def _to_rays(self, x: Tensor, matrix: Tensor, table: Tensor) -> Tensor:
         """First half of each head by 4x4 groups, second half rotary (spec 4.2); x (B,T,S,N,K)."""
         geometric, rotary = x.chunk(2, dim=-1)  # not slices: the backward of a chunk is one concatenation
-        if torch.is_grad_enabled():
+        if not writes_in_place():
             return torch.cat([transform_groups(geometric, matrix), rotate(rotary, table)], dim=-1)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)  # each half straight to its place
         left, right = out.chunk(2, dim=-1)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vgr.nn.precision import writes_in_place
+
 
 def cell_directions(intrinsics: Tensor, height: int, width: int) -> Tensor:
     """Unit rays in camera axes through latent cells: normalised intrinsics (...,4) to (...,H*W,3)."""
@@ -67,4 +69,4 @@ def limit_rms(transformed: Tensor, original: Tensor) -> Tensor:
         torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6 for x in (original, transformed)
     )
     factor = (before / after).sqrt().clamp(max=1.0)
-    return transformed * factor if torch.is_grad_enabled() else transformed.mul_(factor)
+    return transformed.mul_(factor) if writes_in_place() else transformed * factor

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgr.nn.precision import writes_in_place
 from vgr.nn.temporal import mix_frames
 from vgr.types import Shard
 
@@ -49,7 +50,7 @@ class ConvFeedForward(nn.Module):
 
     def _per_frame(self, x: Tensor, height: int, width: int) -> Tensor:
         """The feed-forward of single frames (F,S,D)."""
-        fresh = not torch.is_grad_enabled()  # large tensors, and pages of new ones cost more than the arithmetic
+        fresh = writes_in_place()  # large tensors, and pages of new ones cost more than the arithmetic
         h = F.silu(self.expand(x), inplace=fresh).unflatten(1, (height, width))
         h = self.depthwise(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         value, gate = h.flatten(1, 2).chunk(2, dim=-1)

@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from vgr.nn.precision import writes_in_place
 from vgr.nn.temporal import part
 from vgr.types import Shard
 
@@ -137,7 +138,7 @@ def frame_states(
         from vgr.nn import gated_delta_triton
 
         return gated_delta_triton.bidirectional_states(g, a, sizes, initial)
-    if g is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if g is not None and writes_in_place():
         return _states_at_once(g, a, frozenset(ends[:-1] if goes_on else ends), initial, following)
     if g is not None:
         return _FrameStates.apply(g, a, frozenset(ends[:-1] if goes_on else ends), initial, following)

@@ -5,7 +5,8 @@ A target names linear layers as PEFT does, by the end of their name: `proj` is e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ _A, _B, _PEFT = "lora_A.weight", "lora_B.weight", "base_model.model."
 class LoRALinear(nn.Linear):
     """y = W x + b + alpha / rank B A x (eq. 3); W and b are the base layer's own, names included. B starts at zero."""
 
+    active = True
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
@@ -26,6 +29,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         out = super().forward(input)  # of a base in bfloat16, under adapters in fp32
+        if not self.active:
+            return out
         return out + (self.scale * self.lora_B(self.lora_A(input.to(self.lora_A.weight.dtype)))).to(out.dtype)
 
 
@@ -47,6 +52,19 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> No
     for name in dict.fromkeys(name for names in chosen.values() for name in names):
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, LoRALinear(linear[name], rank, alpha))
+
+
+@contextlib.contextmanager
+def without(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is its frozen base, bit by bit."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear) and module.active]
+    try:
+        for module in adapters:
+            module.active = False
+        yield
+    finally:
+        for module in adapters:
+            module.active = True
 
 
 def merge(base: dict[str, Tensor], adapters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

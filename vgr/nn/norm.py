@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vgr.nn.precision import writes_in_place
+
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / rms (...,1) of the last axis, in one pass; the composite rms_norm of the CPU backend takes two."""
@@ -49,7 +51,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
         """x of any shape (...,D), the result multiplied by `factor`."""
         x, weight = x.float(), self.weight.float() * factor
-        if torch.is_grad_enabled():
+        if not writes_in_place():
             return _RMSNorm.apply(x, weight, self.eps)
         return (x * _inverse_rms(x, self.eps)).mul_(weight)
 

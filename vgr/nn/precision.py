@@ -20,6 +20,14 @@ class Linear32(nn.Linear):
             return F.linear(input.float(), self.weight.float(), bias)
 
 
+def writes_in_place() -> bool:
+    """Whether no gradient is kept and nothing compiled: then what a block has just made may be written over.
+
+    In eager code on a CPU the pages of a new tensor cost more than the arithmetic; a compiler copies what it writes over.
+    """
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Forward of a model that half-precision weights put under autocast to their own type, unless the caller has."""
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vgr.diffusion.rollout import Session
+    from vgr.diffusion.samplers import FrameNoise
     from vgr.types import Cameras, Conditioning, Denoiser, VideoBatch
 
-METHODS = ("joint", "chunk_flow", "stream")
+METHODS = ("joint", "chunk_flow", "stream", "pyramid")
 
 
 class Generator:
@@ -100,6 +101,8 @@ class Generator:
         from vgr.diffusion.timesteps import sigma_grid
 
         own, steps, shift = (self.sampling[k] for k in ("sigmas", "steps", "shift"))
+        if self.sampling["method"] == "pyramid":  # one step, in which are all of all stages
+            own = [1.0, 0.0]
         return torch.tensor(own, dtype=torch.float64) if own else sigma_grid(steps, shift)
 
     def session(self, seed: int, first_frame: np.ndarray | None = None, story: str = "") -> Session:
@@ -110,19 +113,31 @@ class Generator:
         from vgr.diffusion.rollout import Session
         from vgr.geometry.cameras import group_by_latent
 
-        if self.sampling["method"] != "stream":
+        if self.sampling["method"] not in ("stream", "pyramid"):
             raise ValueError(
                 f"{self.name} samples by method {self.sampling['method']}; shots are made by a model that streams: "
                 "train one with sampling.method=stream"
             )
         with torch.no_grad():
             denoiser = guided(self.model, self.sampling["guidance"], self.text((("",),)))
+        denoiser, _ = self._streaming(denoiser, [seed])
         return Session(
             denoiser, self.codec, self.text, sigmas=self.sigmas, chunk=self.chunk, fps=self.fps, size_hw=self.size_hw,
             seed=seed, first_frame=None if first_frame is None else torch.from_numpy(first_frame),
             group_cameras=group_by_latent if self.takes_cameras else None, device=self.device,
             cut_prefix=self.sampling.get("cut_prefix"), renoise=self.sampling.get("renoise", False), story=story,
         )  # fmt: skip
+
+    def _streaming(self, denoiser: Denoiser, seeds: list[int]) -> tuple[Denoiser, FrameNoise]:
+        """The denoiser, one of stages made to stream, and the noise it starts from, one video a seed."""
+        from vgr.diffusion.pyramid import Streamed
+        from vgr.diffusion.samplers import frame_noise
+
+        height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
+        noise = frame_noise(seeds, (self.codec.channels, height, width), self.device)
+        if self.sampling["method"] == "pyramid":
+            denoiser = Streamed(denoiser, noise, (self.sampling["steps"],) * self.model.stages)
+        return denoiser, noise
 
     def frames(self, seconds: float) -> int:
         """Raw frames covering `seconds`, of a length the codec takes; ValueError beyond the model's length."""
@@ -144,9 +159,8 @@ class Generator:
         latents, steps = self.codec.latent_frames(frames), len(self.sampling["sigmas"] or ()) - 1
         steps = self.sampling["steps"] if steps < 0 else steps
         chunks = len(chunk_bounds(Layout.chunked(1, latents, self.chunk or latents)))
-        return {"joint": steps, "chunk_flow": int((chunks - 1) * steps / chunks) + steps, "stream": chunks}[
-            self.sampling["method"]
-        ]
+        once = {"joint": steps, "chunk_flow": int((chunks - 1) * steps / chunks) + steps}
+        return once.get(self.sampling["method"], chunks)
 
     def __call__(
         self,
@@ -214,8 +228,8 @@ class Generator:
 
         height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
         sigmas = self.sigmas
-        if self.sampling["method"] == "stream":
-            noise = samplers.frame_noise(seeds, (self.codec.channels, height, width), self.device)
+        if self.sampling["method"] in ("stream", "pyramid"):
+            denoiser, noise = self._streaming(denoiser, seeds)
             renoise = self.sampling.get("renoise", False)
             chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first, renoise=renoise)
             for i, (latents, _) in enumerate(chunks):

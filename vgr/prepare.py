@@ -80,6 +80,18 @@ def body(cfg: DictConfig) -> None:
         print(f"{folder}: {clips} clips" + (f", {new} new" if new else ", nothing to do") + psnr)
 
 
+def one_video(cfg: DictConfig, codec: Any) -> None:
+    """The windows of data.video that a training learns from, where they are not there yet; errors as `OneVideo`'s."""
+    from vgr.data.one_video import OneVideo, video_folder
+    from vgr.data.prepare import prepare_split
+
+    data = cfg.data
+    source = OneVideo(data.video, chunk=cfg.training.chunk, stride=codec.stride[0], **data.source)
+    for split, clips in (("val", data.val_clips), ("train", data.windows)):
+        with command.progress(clips, f"{split} windows") as done:
+            prepare_split(source, codec, video_folder(data[split], data.video), split, clips, 1, progress=done)
+
+
 def scan(source: FolderSource, out: Path, workers: int) -> None:
     """Finds the clips of a folder's videos, which may take as long as encoding them; says what was left out."""
     from vgr.data.annotators import Captioner

@@ -123,6 +123,7 @@ def build(
     from hydra.utils import instantiate
 
     from vgr.nn import lora
+    from vgr.prepare import one_video
     from vgr.seeding import derive_seed
     from vgr.training.conditioning import cached_text
     from vgr.training.rebuild import refuse_other_codec
@@ -130,6 +131,8 @@ def build(
 
     codec = instantiate(cfg.codec)
     global_batch = cfg.training.global_batch
+    if cfg.data.get("video"):
+        one_video(cfg, codec)
     data = instantiate(cfg.data, codec_fingerprint=codec.fingerprint, seed=cfg.seed, global_batch=global_batch)
     if cfg.model.in_channels != codec.channels:
         raise ValueError(

@@ -22,6 +22,8 @@ from torch import Tensor
 def _map_tensors(value: Any, fn: Any) -> Any:
     if isinstance(value, Tensor):
         return fn(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(x, fn) for x in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
             value, **{f.name: _map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
@@ -108,18 +110,37 @@ class TextStates:
 
 
 @dataclass(frozen=True)
+class HistoryBlock:
+    """Clean latent frames that a call attends to and never commits: the past itself, or the past as the camera sees it.
+
+    latents (B,C,T,H,W); position (T,) int64: the index in the video that each frame speaks of, for aligned evidence
+    that of the target it shows; tier: the patch embedding that reads it, of a model that has several ("prefix",
+    "short", "mid", "long"); keep: bool, (B,t,h,w) over the tokens of that embedding, the others are left out of
+    attention altogether, None: all are kept.
+    """
+
+    latents: Tensor
+    position: Tensor
+    tier: str = "short"
+    keep: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What a denoiser is told beside the noisy latents.
 
     text: one encoded prompt per shot, chosen per frame through `layout.shot`, or one for all; cameras: None for models
-    without a camera; prompt (B,T) int64: the text each frame reads where it is not its shot's (a cut is marked). A
-    given clean first frame is not a field: it stands in x at t = 0.
+    without a camera; prompt (B,T) int64: the text each frame reads where it is not its shot's (a cut is marked);
+    history: evidence for this call's frames, whatever the slice; stage: of a model that denoises in stages of growing
+    size, with times of their own. A given clean first frame is not a field: it stands in x at t = 0.
     """
 
     layout: Layout
     text: TextStates
     cameras: LatentCameras | None = None
     prompt: Tensor | None = None
+    history: tuple[HistoryBlock, ...] = ()
+    stage: int | None = None
 
     def frames(self, a: int, b: int) -> Conditioning:
         """The same conditioning for latent frames a (included) to b (excluded); positions are kept."""
@@ -138,12 +159,24 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Warp:
+    """What each frame's camera sees of frames before its chunk (warp adapter, specs 2.3, 2.4).
+
+    latents (B,C,T,h,w); visible (B,F,H,W) bool, of the pixels of raw frames.
+    """
+
+    latents: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
 class VideoBatch:
     """A batch of clips as the loader gives them.
 
     latents (B,C,T,H,W) fp32 normalised; cameras of the F = 1 + (T-1)*R raw frames; fps (B,);
     captions: B lists with one string per shot; shot (B,T) int64; keys: sample names;
-    position (B,) int64: index of each sample in the run's endless order, the seed of its noise and dropout.
+    position (B,) int64: index of each sample in the run's endless order, the seed of its noise and dropout;
+    warp: where a set is a warp adapter's.
     """
 
     latents: Tensor
@@ -153,6 +186,7 @@ class VideoBatch:
     shot: Tensor
     keys: tuple[str, ...]
     position: Tensor
+    warp: Warp | None = None
 
     def to(self, device: torch.device | str) -> VideoBatch:
         """All but positions, which seed CPU generators: there they cost no synchronisation."""

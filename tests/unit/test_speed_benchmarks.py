@@ -9,6 +9,7 @@ import pytest
 from benchmarks.speed import metric_cases
 from benchmarks.speed.metrics import compare, long_video
 from benchmarks.speed.training_step import measure
+from benchmarks.speed.warp import measure as measure_warp
 
 SETTINGS = {"device": "cpu", "scan": "torch", "attention": "torch", "compile": False, "repeats": 1}
 
@@ -61,3 +62,17 @@ def test_a_long_video_passes_through_and_its_memory_is_told():
     found = long_video(0.1, (24, 32))
     assert found["frames"] == 96 and found["at_tenth_mb"] > 0 and found["at_end_mb"] <= found["most_mb"] + 1
     assert found["ratio"] == pytest.approx(found["at_end_mb"] / found["at_tenth_mb"])
+
+
+def test_warps_are_timed_in_turn_and_told_how_right_they_are(capsys):
+    rows = measure_warp((48, 80), frames=2, repeats=2, device="cpu")
+    told = capsys.readouterr().out.splitlines()
+    assert [row["side"] for row in rows][:3] == ["ours", "point splat", "published 4x4 mesh"]
+    assert len(told) == len(rows) and all(row["side"] in line for row, line in zip(rows, told))
+    for row in rows:
+        assert row["pairs"] == 2 and 0 < row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"]
+        assert row["frames_per_s"] == pytest.approx(2 / row["s"])
+    assert rows[0]["ratio_min"] == rows[0]["ratio_max"] == 1
+    ours, points, published = (row["visibility_right_percent"] for row in rows[:3])
+    assert ours > 97 and ours > points and ours > published
+    assert rows[0]["psnr_db"] > max(row["psnr_db"] for row in rows[1:3])

@@ -16,7 +16,7 @@ from vgr.data.order import Mixture, Order
 from vgr.data.shards import DamagedSample, Sample, Shards, latent_shots
 from vgr.geometry.cameras import relative_to_first
 from vgr.seeding import derive_seed
-from vgr.types import Cameras, VideoBatch
+from vgr.types import Cameras, VideoBatch, Warp
 
 CACHE_BYTES = 2 << 30  # sets whose latents are smaller than this stay in memory once read
 _log = logging.getLogger(__name__)
@@ -68,6 +68,10 @@ def collate(
         shot=torch.from_numpy(np.stack(shot_BT)).long(),
         keys=tuple(s.key for s in samples),
         position=torch.tensor(list(positions), dtype=torch.int64),
+        warp=None if samples[0].warp is None else Warp(
+            torch.from_numpy(np.stack([s.warp[0][:, :latent_frames] for s in samples])).float(),
+            torch.from_numpy(np.stack([s.warp[1][:count] for s in samples])),
+        ),
     )
 
 

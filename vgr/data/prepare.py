@@ -16,7 +16,7 @@ import torch
 
 from vgr.data.files import atomic, write_text
 from vgr.data.shards import Shards, ShardWriter
-from vgr.data.video import Clip, encode_video
+from vgr.data.video import Clip, Warps, encode_video
 from vgr.metrics.image import psnr
 from vgr.types import Codec
 
@@ -195,5 +195,13 @@ def _pack(
         packed.append({
             "latents": latents, "c2w": clip.c2w, "intrinsics": clip.intrinsics, "meta": meta, "depth": clip.depth,
             "video": encode_video(clip.frames, clip.fps) if keep_video else None,
+            "warp": None if clip.warps is None else _encoded(codec, clip.warps),
         })
     return packed
+
+
+def _encoded(codec: Codec, warps: Warps) -> tuple[np.ndarray, np.ndarray]:
+    """Warp latents (C,T,h,w) and what is visible (F,H,W); a later chunk's first latent is of the frame before it."""
+    parts = [encode(codec, video[None])[0] for video in warps.videos]
+    latents = np.concatenate([parts[0], *(part[:, 1:] for part in parts[1:])], axis=1)
+    return latents, warps.visible

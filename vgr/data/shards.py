@@ -38,7 +38,8 @@ class DamagedSample(ValueError):
 class Sample:
     """One clip: latents (C,T,H,W) float16, c2w (F,4,4) and intrinsics (F,4) float64, frames a second, meta, key.
 
-    text: where kept, states (J,D) float16 of each shot's caption.
+    text: where kept, states (J,D) float16 of each shot's caption; warp: where kept, latents as the clip's and what is
+    visible of them (F,H,W) bool.
     """
 
     latents: np.ndarray
@@ -48,6 +49,7 @@ class Sample:
     meta: dict[str, Any]
     key: str
     text: list[np.ndarray] | None = None
+    warp: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def latent_shots(starts: Sequence[int], frames: int, stride: int) -> NDArray[np.int64]:
@@ -100,10 +102,12 @@ class ShardWriter:
 
     def add(self, key: str, latents: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, meta: Mapping[str, Any],
             video: bytes | None = None, depth: np.ndarray | None = None,
-            text: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+            text: tuple[np.ndarray, np.ndarray] | None = None,
+            warp: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         """Adds a sample; a full shard goes to disk.
 
-        latents (C,T,H,W), c2w (F,4,4), depth (F,H,W) metres, text: states (S,J,D) and lengths (S,).
+        latents (C,T,h,w), c2w (F,4,4), depth (F,H,W) metres, text: states (S,J,D) and lengths (S,), warp: latents as
+        the clip's and visible (F,H,W) bool.
         """
         _check_shapes(self.head, latents.shape, c2w.shape, intrinsics.shape, key)
         cameras = dict(c2w=c2w.astype(np.float64), intrinsics=intrinsics.astype(np.float64))
@@ -115,6 +119,7 @@ class ShardWriter:
             "mp4": video,
             "depth.npz": None if depth is None else _npz(depth=depth.astype(np.float16)),
             "text.npy": None if text is None else _npy(text[0].astype(np.float16)),
+            "warp.npz": None if warp is None else _npz(latents=warp[0].astype(np.float16), visible=warp[1]),
         }
         self._pending.append((key, {suffix: data for suffix, data in members.items() if data is not None}))
         if len(self._pending) == self.samples_per_shard:
@@ -237,7 +242,13 @@ class Shards:
                 if len(states) != len(meta["shots"]) or len(lengths) != len(states) or max(lengths) > states.shape[1]:
                     raise ValueError(f"text states {states.shape} do not fit {len(meta['shots'])} shots of {lengths}")
                 text = [x[:n] for x, n in zip(states, lengths)]
-            return Sample(latents, cameras["c2w"], cameras["intrinsics"], float(cameras["fps"]), meta, key, text)
+            warp = None
+            if "warp.npz" in members:
+                found = _read_npz(self._member(index, "warp.npz"))
+                warp = found["latents"], found["visible"]
+                if warp[0].shape != latents.shape or warp[1].shape != (len(cameras["c2w"]), *self.manifest["size_hw"]):
+                    raise ValueError(f"warp {warp[0].shape}, {warp[1].shape} does not fit latents {latents.shape}")
+            return Sample(latents, cameras["c2w"], cameras["intrinsics"], float(cameras["fps"]), meta, key, text, warp)
         except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             if isinstance(error, DamagedSample):
                 raise

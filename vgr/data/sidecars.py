@@ -33,6 +33,9 @@ def poses_at(
         raise ValueError(f"{len(c2w)} poses without times for {frames} frames; one for each is needed")
     at, last = torch.from_numpy(seconds), file.times[-1]
     at = torch.where((at - last).abs() < 1e-3, last, at)  # rounding is not extrapolation
+    if float(at.max()) > float(last):
+        end = float(at.max())
+        raise ValueError(f"{len(c2w)} poses, the last at {float(last):.2f} s, but frames go on to {end:.2f} s")
     return interpolate(c2w, file.times, at), k[torch.searchsorted(file.times, at).clamp(max=len(k) - 1)]
 
 
@@ -45,7 +48,7 @@ def sidecars(path: Path) -> list[Path]:
 
 def _is_cameras(path: Path) -> bool:
     if path.suffix == ".npz" or path.name == "images.txt":
-        return True
+        return not path.name.endswith(".depth.npz")
     with path.open(encoding="utf-8", errors="replace") as file:
         text = file.read(4096)
     if path.suffix == ".json":

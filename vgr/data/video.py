@@ -25,11 +25,24 @@ Damage = list[tuple[float, str]]  # seconds into the video, and what is wrong th
 
 
 @dataclass(frozen=True)
+class Warps:
+    """What the cameras of a clip's chunks see of frames before: one video a chunk, and what of it they do see.
+
+    videos: (n,H,W,3) uint8, of the first chunk its own frames, of a later one the frame before it and then its own;
+    visible (F,H,W) bool, of the clip's frames.
+    """
+
+    videos: list[np.ndarray]
+    visible: np.ndarray
+
+
+@dataclass(frozen=True)
 class Clip:
     """What a source hands over: frames (F,H,W,3) uint8, c2w (F,4,4) and intrinsics (F,4) float64, fps.
 
     shots: [{"start", "end", "caption"}] over raw frames; source: where it comes from; depth (F,H,W) float32
-    planar metres where the source was asked for it; metric_scale: whether the poses are in metres.
+    planar metres where the source was asked for it; metric_scale: whether the poses are in metres; warps: for a
+    warp adapter.
     """
 
     frames: np.ndarray
@@ -40,6 +53,7 @@ class Clip:
     source: dict[str, Any] = field(default_factory=dict)
     depth: np.ndarray | None = None
     metric_scale: bool = True
+    warps: Warps | None = None
 
 
 def _careful() -> Any:

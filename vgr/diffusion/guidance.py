@@ -30,6 +30,7 @@ def guided(denoiser: Denoiser, scale: float, negative: TextStates) -> Denoiser:
         state = None if own is None and other is None else (own, other)
         return v_negative + scale * (v - v_negative), state
 
+    call.takes_history = getattr(denoiser, "takes_history", False)
     if hasattr(denoiser, "new_state"):
         call.new_state = lambda **kwargs: (denoiser.new_state(**kwargs), denoiser.new_state(**kwargs))
     return call

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vgr.diffusion import flow, timesteps
 from vgr.seeding import normal_like, torch_generator
+from vgr.types import Conditioning, HistoryBlock
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Noised:
     """x, target (B,C,T,H,W): noisy latents and the velocity to predict; t (B,T); weight (B,T) of squared errors.
 
     context (B,C,T,H,W): the past of each chunk, where the model is to see it (`guidance.teacher_forced`), at times
-    context_t (B,T), clean without.
+    context_t (B,T), clean without. frames: x holds latent frames a to b of the clip only, of the size of `stage`, and
+    the model sees their `history` (`pyramid.pyramid_flow`).
     """
 
     x: Tensor
@@ -27,6 +29,14 @@ class Noised:
     weight: Tensor
     context: Tensor | None = None
     context_t: Tensor | None = None
+    frames: tuple[int, int] | None = None
+    stage: int | None = None
+    history: tuple[HistoryBlock, ...] = ()
+
+    def told(self, cond: Conditioning) -> Conditioning:
+        """What the model is told of x, of the conditioning of the whole clip."""
+        part = cond if self.frames is None else cond.frames(*self.frames)
+        return replace(part, stage=self.stage, history=(*part.history, *self.history))
 
 
 def flow_matching(
@@ -82,6 +92,46 @@ def teacher_forcing(
         context = flow.interpolate(latents, normal_like(latents, seed, "context noise", positions), context_t)
     x = flow.interpolate(latents, noise, t_BT)
     return Noised(x, t_BT, flow.velocity(latents, noise), weight, context, context_t)
+
+
+def next_chunk(
+    latents: Tensor,
+    positions: Tensor,
+    chunk_T: Tensor,
+    seed: int,
+    *,
+    shift: float,
+    global_batch: int,
+    from_time: float = 0.74,
+) -> Noised:
+    """One chunk, the same for a global batch, behind its clean past, at noise from `from_time` on (warp adapter 8.3).
+
+    Times are shifted uniform ones, as far as they are that late. The first chunk has its first frame given at t = 0. A
+    function of (seed, position). ValueError for samples of two global batches in one call.
+    """
+    ends = torch.unique_consecutive(chunk_T, return_counts=True)[1].cumsum(0).tolist()
+    generator = torch_generator(seed, "chunk", one_batch(positions, global_batch))
+    chunk = int(torch.randint(len(ends), (), generator=generator))
+    a, b = [0, *ends][chunk], ends[chunk]
+    low = from_time / (shift - (shift - 1) * from_time)  # what `shifted` makes from_time of
+    generators = [torch_generator(seed, "time", position) for position in positions.tolist()]
+    u_B = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    t_B = timesteps.shifted(1 - (1 - low) * u_B, shift).float().to(latents.device)
+    t_BT = t_B[:, None].repeat(1, b - a)
+    t_BT[:, : chunk == 0] = 0.0
+    clean, noise = latents[:, :, a:b], normal_like(latents[:, :, a:b], seed, "noise", positions)
+    x = flow.interpolate(clean, noise, t_BT)
+    target, weight = flow.velocity(clean, noise), (t_BT > 0).float()
+    return Noised(x, t_BT, target, weight, context=latents[:, :, :a], frames=(a, b))
+
+
+def one_batch(positions: Tensor, global_batch: int) -> int:
+    """The number of the global batch that all samples of a call are of. ValueError where they are of several."""
+    found = sorted(set((positions // global_batch).tolist()))
+    if len(found) != 1:
+        raise ValueError(f"samples of global batches {found} in one call: objective.global_batch={global_batch} is "
+                         "not the run's")
+    return found[0]
 
 
 def refinement(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vgr.diffusion import flow
 from vgr.diffusion.samplers import FrameNoise, chunk_bounds, few_step, frame_noise
-from vgr.types import Cameras, Codec, Conditioning, Denoiser, LatentCameras, Layout, TextEncoder
+from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, LatentCameras, Layout, TextEncoder
 
 
 @torch.no_grad()
@@ -105,9 +105,11 @@ class Session:
     first_frame (H,W,3) uint8: the image the video starts from. group_cameras: None for a model without cameras,
     else `vgr.geometry.cameras.group_by_latent`. cut_prefix: what the model reads before the prompt in the first
     chunk after a cut ("" if a new prompt is cut enough), None for a model that knows no cuts. story: a caption of the
-    whole, read before every prompt. renoise: see `samplers.few_step`. The noise depends on `seed` and the frame alone,
-    so the video does not depend on when its pieces were appended. Autocast is the caller's; codec and cameras run
-    outside it. ValueError for parts that cannot stream and sizes that do not fit.
+    whole, read before every prompt. renoise: see `samplers.few_step`. evidence: gives each chunk its `cond.history` as
+    it is about to be made, from its conditioning and the raw frame (H,W,3) uint8 before it, None at a video's start
+    without an image. The noise depends on `seed` and the frame alone, so the video does not depend on when its pieces
+    were appended. Autocast is the caller's; codec, cameras and evidence run outside it. ValueError for parts that
+    cannot stream or take no evidence, and sizes that do not fit.
     """
 
     def __init__(
@@ -126,12 +128,16 @@ class Session:
         cut_prefix: str | None = None,
         story: str = "",
         renoise: bool = False,
+        evidence: Callable[[Conditioning, Tensor | None], tuple[HistoryBlock, ...]] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         for part, needed in ((denoiser, "new_state"), (codec, "stream")):
             if not hasattr(part, needed):
                 name = getattr(part, "__name__", type(part).__name__)
                 raise ValueError(f"a session streams, and {name} has no {needed}(); make its videos whole (vgr-sample)")
+        if evidence is not None and not getattr(denoiser, "takes_history", False):
+            name = getattr(denoiser, "__name__", type(denoiser).__name__)
+            raise ValueError(f"evidence is given, but {name} does not read cond.history; leave it out")
         if chunk < 1 or not 0 < fps < float("inf"):
             raise ValueError(f"chunk={chunk}, fps={fps}: a session needs chunk >= 1 latent frame and fps > 0")
         self.stride, height, width = codec.stride
@@ -144,13 +150,13 @@ class Session:
             )
         self.denoiser, self.codec, self.text = denoiser, codec, text
         self.sigmas, self.chunk, self.fps, self.renoise = sigmas, chunk, fps, renoise
-        self.group_cameras, self.cut_prefix, self.story = group_cameras, cut_prefix, story
+        self.group_cameras, self.cut_prefix, self.story, self.evidence = group_cameras, cut_prefix, story, evidence
         self.device = torch.device(device)
         shape_CHW = (codec.channels, size_hw[0] // height, size_hw[1] // width)
         self._noise = frame_noise([seed], shape_CHW, device)
         self._state = denoiser.new_state()
         self._decoder = codec.stream()
-        self._image = first_frame
+        self._image = self._last = first_frame
         self._origin: Cameras | None = None
         self._latents = self._shot = 0
         self._queue: deque[Conditioning] = deque()
@@ -238,13 +244,19 @@ class Session:
     @torch.no_grad()
     def _next(self) -> Tensor:
         first = None if self._image is None else self._encode(self._image)
-        parts = (self.denoiser, self._state, self._queue[0], self.sigmas, self._noise, first)
+        cond = self._queue[0]
+        if self.evidence is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                cond = dataclasses.replace(cond, history=self.evidence(cond, self._last)).to(self.device)
+        parts = (self.denoiser, self._state, cond, self.sigmas, self._noise, first)
         latents, state = next(stream(*parts, renoise=self.renoise))
         with torch.autocast(self.device.type, enabled=False):
             video = self._decoder(latents)
         self._state, self._image = state, None
         self._queue.popleft()
-        return ((video[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
+        frames = ((video[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
+        self._last = frames[-1].clone()  # of a view the whole piece would live on
+        return frames
 
     def _encode(self, image: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgr.models import causal_video_weights, weights
-from vgr.nn.causal_attention import Call, CausalAttention, PaddedCrossAttention, plan_call
+from vgr.nn.causal_attention import Call, CausalAttention, PaddedCrossAttention, plan_call, plan_evidence, text_runs
 from vgr.nn.embed import patches, pixels, sinusoid
-from vgr.nn.memory import CausalVideoState, Frame, Gathered, KeyValues, Made, MemoryPolicy, committed
+from vgr.nn.memory import CausalVideoState, Frame, Gathered, KeyValues, Made, MemoryPolicy, Told, committed
 from vgr.nn.norm import modulated_norm
 from vgr.nn.precision import Linear32, in_own_precision
 from vgr.types import Conditioning, Layout, Shard
 
 PATCH = 2
+# Of a block: tokens, keys and values, what was read, evidence's tokens and modulation, evidence's keys and values.
+Through = tuple[Tensor, KeyValues, Gathered | None, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
 
 
 class Block(nn.Module):
@@ -41,15 +43,26 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, text: Tensor, runs: list[tuple[int, int, list[int]]], call: Call,
         past: list[KeyValues], gathered: Gathered | None, shard: Shard | None,
-    ) -> tuple[Tensor, KeyValues, Gathered | None]:  # fmt: skip
+        shown: tuple[Tensor, Tensor] | None = None, told: tuple[Tensor, Tensor] | None = None,
+    ) -> Through:  # fmt: skip
+        """See `CausalAttention`; shown: evidence's tokens (1,1,M,D) and modulation (1,1,6,D), which read no text."""
         m = (modulation + self.table).unsqueeze(3)  # (B,T,6,1,D)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = m.unbind(2)
-        mixed, own, gathered = self.attn(modulated_norm(x, shift_a, scale_a), call, past, gathered, shard)
+        n = None if shown is None else (shown[1] + self.table).unsqueeze(3).unbind(2)
+        e = None if n is None else modulated_norm(shown[0], n[0], n[1])
+        mixed, own, gathered, e, told = self.attn(
+            modulated_norm(x, shift_a, scale_a), call, past, gathered, shard, e, told
+        )
+        if n is not None:
+            shown = self._feed(torch.addcmul(shown[0], n[2], e.float()), *n[3:]), shown[1]
         x = torch.addcmul(x, gate_a, mixed.float())
         norm = self.cross_norm
         asked = F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
         x = x + self.cross(asked, text, runs)
-        return torch.addcmul(x, gate_f, self.ffn(modulated_norm(x, shift_f, scale_f)).float()), own, gathered
+        return self._feed(x, shift_f, scale_f, gate_f), own, gathered, shown, told
+
+    def _feed(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return torch.addcmul(x, gate, self.ffn(modulated_norm(x, shift, scale)).float())
 
 
 class CausalVideo(nn.Module):
@@ -61,9 +74,12 @@ class CausalVideo(nn.Module):
     `vgr.nn.memory.MemoryPolicy` (CausalCine: window 3, routed 5); attention_backend: how calls of several chunks, which
     are training's, attend: "torch", chunk by chunk, or "flex", all at once (`vgr.nn.flex`), for training on a GPU;
     activation_checkpointing: recompute blocks in the backward pass. Cameras in cond are not read: the model has none.
+    Evidence in cond.history is read by the chunk whose frames it shows, at clean time and their positions (spec
+    warp-adapter 8.3), where a call is packed, has a state or one chunk. What is committed, and which frames are chosen,
+    does not depend on it.
     """
 
-    takes_cameras = False
+    takes_cameras, takes_history = False, True
 
     def __init__(
         self,
@@ -160,7 +176,7 @@ class CausalVideo(nn.Module):
 
     def lean(self, state: CausalVideoState) -> CausalVideoState:
         """The state without what a call reads again from its blocks and choices."""
-        return dataclasses.replace(state, gathered=None)
+        return dataclasses.replace(state, gathered=None, told=None)
 
     @in_own_precision
     def forward(
@@ -179,24 +195,22 @@ class CausalVideo(nn.Module):
         own = None if shard is None else slice(*shard.frames(self._cells(grid[0] * grid[1], shard.size)))
         call = self._call(frames, cond.layout, grid, state, commit, x.device)
         tokens, t_emb, modulation = self._tokens(x, t, own)
-        args = (modulation, self._text(cond), _runs(frames), call)
+        args = (modulation, self._text(cond), text_runs(frames))
         reuse = state is not None and state.gathered is not None and (commit or not self._rechoose)
         again = [] if state is None or (reuse and len(call.queries) == 1) else self._again(state, grid, own)
         # A graph's tensors serve one call, and all of a history made again is what was not to be kept.
         keep = state is not None and state.detach and not (commit or self.policy.makes_all_again)
-        kept, gathered = [], []
-        for i, block in enumerate(self.blocks):
-            past = [] if state is None else self._past(state, i, again, shard)
-            ready = state.gathered[i] if reuse else None
-            if self.activation_checkpointing and self.training:
-                tokens, kv, read = checkpoint(block, tokens, *args, past, ready, shard, use_reentrant=False)
-            else:
-                tokens, kv, read = block(tokens, *args, past, ready, shard)
-            if commit:
-                kept.append(kv)
-            if keep:
-                gathered.append(read)
-            del past, ready, kv, read
+        read, given, told = state.gathered if reuse else None, None, None
+        if cond.history and not commit:
+            call, given, told = self._evidence(x, cond, frames, call, state, shard)
+        if given is not None and any(q.choices is not None and (0, q.chunk) not in call.choices for q in call.queries):
+            # Chosen as without evidence, on which nothing that is committed may depend.
+            with torch.no_grad():
+                without = (*args, dataclasses.replace(call, shown=None))
+                read, again = self._layers(tokens, without, state, None, again, shard, keep=keep)[2], []
+        tokens, kept, gathered, layers = self._layers(
+            tokens, (*args, call), state, read, again, shard, given, told, keep=keep, commit=commit
+        )
         shift, scale = (t_emb.unsqueeze(2) + self.final_table).unsqueeze(3).unbind(2)
         out = self.final(modulated_norm(tokens, shift, scale)).float()
         out = pixels(out if shard is None else shard.all_gather(out, 2, grid[0] * grid[1]), grid, PATCH)
@@ -205,14 +219,56 @@ class CausalVideo(nn.Module):
         if commit:
             made = Made(x, t, cond, call.choices)
             return out, committed(state, self.policy, [f for f, _ in frames], kept, made)
-        return out, dataclasses.replace(state, choices=dict(call.choices), gathered=tuple(gathered) or None)
+        last = Told(cond.history, call.shown, layers) if layers else state.told
+        return out, dataclasses.replace(state, choices=dict(call.choices), gathered=gathered or None, told=last)
+
+    def _layers(
+        self, tokens: Tensor, args: tuple[Any, ...], state: CausalVideoState | None, read: tuple[Gathered, ...] | None,
+        again: list[tuple[Tensor, tuple[Any, ...]]], shard: Shard | None, shown: tuple[Tensor, Tensor] | None = None,
+        told: tuple[tuple[Tensor, Tensor], ...] | None = None, *, keep: bool, commit: bool = False,
+    ) -> tuple[Tensor, list[KeyValues], tuple[Gathered, ...] | None, tuple[tuple[Tensor, Tensor], ...]]:  # fmt: skip
+        """Tokens after all blocks; by layer, keys and values to commit, what to keep of what was read and shown."""
+        kept, gathered, layers = [], [], []
+        new = shown is not None and state is not None and not (torch.is_grad_enabled() or self._rechoose)
+        for i, block in enumerate(self.blocks):
+            past = [] if state is None else self._past(state, i, again, shard)
+            given = (tokens, *args, past, read and read[i], shard, shown, told and told[i])
+            if self.activation_checkpointing and self.training:
+                tokens, kv, own, shown, said = checkpoint(block, *given, use_reentrant=False)
+            else:
+                tokens, kv, own, shown, said = block(*given)
+            for wanted, held, value in ((commit, kept, kv), (keep, gathered, own), (new, layers, said)):
+                if wanted:
+                    held.append(value)
+            del past, given, kv, own, said, value
+        return tokens, kept, tuple(gathered) or None, tuple(layers)
+
+    def _evidence(
+        self, x: Tensor, cond: Conditioning, frames: list[tuple[Frame, int]], call: Call,
+        state: CausalVideoState | None, shard: Shard | None,
+    ) -> tuple[Call, tuple[Tensor, Tensor] | None, tuple[tuple[Tensor, Tensor], ...] | None]:  # fmt: skip
+        """The call with its evidence's places; tokens and modulation, or else what an earlier step has made of them."""
+        if shard is not None or call.mask is not None:
+            setting = "model.attention_backend=torch" if shard is None else "one context rank"
+            raise ValueError(f"evidence (cond.history) is of single tokens, not whole frames: use {setting} with it")
+        before = None if state is None or torch.is_grad_enabled() or self._rechoose else state.told
+        if before is not None and list(map(id, before.history)) == list(map(id, cond.history)):
+            return dataclasses.replace(call, shown=before.shown), None, before.layers
+        planned = plan_evidence(cond.history, frames, call, self.policy, x.shape, PATCH)
+        if planned is None:
+            return call, None, None
+        tokens = self.patch_embed(planned[1])[None, None].float()
+        return dataclasses.replace(call, shown=planned[0]), (tokens, self._times(x.new_zeros(1, 1))[1]), None
 
     def _tokens(self, x: Tensor, t: Tensor, own: slice | None) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's tokens (B,T,S,D) and, per frame, the time embedding (B,T,D) and the modulation (B,T,6,D)."""
         cells = patches(x.float(), PATCH)
         tokens = self.patch_embed(cells if own is None else cells[:, :, own]).float()
+        return tokens, *self._times(t)
+
+    def _times(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t_emb = self.time_embed(sinusoid(1000.0 * t.float()))
-        return tokens, t_emb, self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
+        return t_emb, self.time_proj(F.silu(t_emb)).unflatten(-1, (6, -1))
 
     @torch.no_grad()
     def _again(
@@ -230,7 +286,7 @@ class CausalVideo(nn.Module):
             tokens, _, modulation = self._tokens(made.x, made.t, own)
             if id(made.cond.text) not in texts:  # chunks of a shot share theirs
                 texts[id(made.cond.text)] = self._text(made.cond)
-            found.append((tokens, (modulation, texts[id(made.cond.text)], _runs(frames), call)))
+            found.append((tokens, (modulation, texts[id(made.cond.text)], text_runs(frames), call)))
         return found
 
     @torch.no_grad()
@@ -240,7 +296,7 @@ class CausalVideo(nn.Module):
         """Keys and values of the memory for a layer; those of chunks in `again`, which go on to the next, made anew."""
         past: list[KeyValues] = []
         for n, (tokens, args) in enumerate(again):
-            tokens, kv, _ = self.blocks[layer](tokens, *args, past, None, shard)
+            tokens, kv, *_ = self.blocks[layer](tokens, *args, past, None, shard)
             again[n] = tokens, args
             past.append(kv)
         return past + [block.layers[layer] for block in state.blocks if block.layers]
@@ -339,14 +395,3 @@ class CausalVideo(nn.Module):
         ValueError or FileNotFoundError name what is missing, unknown, of another shape, damaged or not finite.
         """
         return weights.load(cls, causal_video_weights, source, revision, partial, dtype, settings)
-
-
-def _runs(frames: list[tuple[Frame, int]]) -> list[tuple[int, int, list[int]]]:
-    """Stretches of frames that read the same text in every sample."""
-    runs: list[tuple[int, int, list[int]]] = []
-    for i, (frame, _) in enumerate(frames):
-        if runs and runs[-1][2] == list(frame.prompt):
-            runs[-1] = (runs[-1][0], i + 1, runs[-1][2])
-        else:
-            runs.append((i, i + 1, list(frame.prompt)))
-    return runs

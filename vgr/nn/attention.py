@@ -84,8 +84,7 @@ def _per_frame_rotated(x: Tensor, table: Tensor) -> Tensor:
     """`_per_frame` of x rotated; written straight to its place where no gradient asks for the way back."""
     if not writes_in_place():
         return _per_frame(rotate(x, table))
-    batch, frames, cells, heads, channels = x.shape
-    out = x.new_empty(frames, batch, heads, cells, channels)
+    out = x.new_empty([x.shape[i] for i in (1, 0, 3, 2, 4)])
     rotate(x, table, out.permute(1, 0, 3, 2, 4))
     return out.flatten(1, 2)
 
@@ -207,19 +206,17 @@ class DualAttention(nn.Module):
     def _to_rays(self, x: Tensor, matrix: Tensor, table: Tensor) -> Tensor:
         """First half of each head by 4x4 groups, second half rotary (spec 4.2); x (B,T,S,N,K)."""
         geometric, rotary = x.chunk(2, dim=-1)  # not slices: the backward of a chunk is one concatenation
+        geometric = transform_groups(geometric, matrix)
         if not writes_in_place():
-            return torch.cat([transform_groups(geometric, matrix), rotate(rotary, table)], dim=-1)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # each half straight to its place
-        left, right = out.chunk(2, dim=-1)
-        left.copy_(transform_groups(geometric, matrix))
-        rotate(rotary, table, right)
+            return torch.cat([geometric, rotate(rotary, table)], dim=-1)
+        out = x.new_empty(x.shape)  # each half straight to its place
+        out[..., : x.shape[-1] // 2] = geometric
+        rotate(rotary, table, out[..., x.shape[-1] // 2 :])
         return out
 
     def _camera_qkv(self, q: Tensor, k: Tensor, v: Tensor, camera: CameraFrames) -> tuple[Tensor, Tensor, Tensor]:
-        moved = [
-            self._to_rays(x, m, camera.table)
-            for x, m in ((q, camera.matrix.mT), (k, camera.inverse), (v, camera.inverse))
-        ]
+        pairs = (q, camera.matrix.mT), (k, camera.inverse), (v, camera.inverse)
+        moved = [self._to_rays(x, matrix, camera.table) for x, matrix in pairs]
         if self.cam_renorm:
             moved = [limit_rms(new, old) for new, old in zip(moved, (q, k, v))]
         return moved[0], moved[1], moved[2]

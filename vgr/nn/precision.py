@@ -23,7 +23,7 @@ class Linear32(nn.Linear):
 def writes_in_place() -> bool:
     """Whether no gradient is kept and nothing compiled: then what a block has just made may be written over.
 
-    In eager code on a CPU the pages of a new tensor cost more than the arithmetic; a compiler copies what it writes over.
+    In eager code on a CPU pages of a new tensor cost more than the arithmetic; a compiler copies what it writes over.
     """
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 

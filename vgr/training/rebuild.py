@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vgr.models import causal_video_weights, ltx2_weights, weights, world_model_weights
+from vgr.models import causal_video_weights, helios, ltx2_weights, weights, world_model_weights
 from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
+from vgr.models.helios import Helios
 from vgr.models.ltx2_text import LTX2Text
 from vgr.models.ltx2_vae import LTX2Codec
 from vgr.models.refiner import Refiner
@@ -25,10 +26,12 @@ from vgr.training import budget, checkpoints
 from vgr.types import Codec
 
 TEXTS, CODECS = (ByteTextEncoder, Gemma2Text, UMT5Text, LTX2Text), (CosineCodec, LTX2Codec, WanCodec)
-PARTS = (WorldModel, CausalVideo, Refiner, *TEXTS, *CODECS)
+PARTS = (WorldModel, CausalVideo, Helios, Refiner, *TEXTS, *CODECS)
 KNOWN = {part.__name__: part for part in PARTS}
 # Translations of weights by the model they are of.
-WEIGHTS = {"WorldModel": world_model_weights, "CausalVideo": causal_video_weights, "Refiner": ltx2_weights}
+WEIGHTS = {
+    "WorldModel": world_model_weights, "CausalVideo": causal_video_weights, "Helios": helios, "Refiner": ltx2_weights,
+}  # fmt: skip
 
 
 def rebuild(checkpoint: Path, memory: Mapping[str, Any] | None = None, refiner: bool = False) -> dict[str, Any]:
@@ -142,6 +145,8 @@ def _weights(source: str | Path, revision: str | None) -> tuple[str, dict[str, A
     path = weights.fetch(source, revision, patterns, " ".join(names.HOW_TO_GET for names in known))
     adapters = {form: translate for names in known for form, translate in names.ADAPTERS.items()}
     config, tensors = weights.load_folder(path, {**adapters, None: _from_original}, world_model_weights.INSIDE)
+    if "transformer.patch_short.weight" in tensors:
+        return "Helios", config, tensors
     if any(name.startswith("transformer.") for name in tensors):
         return "Refiner", config, tensors
     return "CausalVideo" if "patch_embed.weight" in tensors else "WorldModel", config, tensors

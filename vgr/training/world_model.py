@@ -115,7 +115,7 @@ class WorldModelTraining(pl.LightningModule):
         denoiser = teacher_forced(self.model, *forced) if self.packed else self.model
         # A block that draws for itself (dropout) sees the same numbers after a restart.
         torch.manual_seed(derive_seed(self.seed, "step", int(batch.position[0])))
-        v, _ = denoiser(noised.x, noised.t, cond)
+        v, _ = denoiser(noised.x, noised.t, noised.told(cond))
         return flow.velocity_loss(v, noised.target, noised.weight)
 
     def _velocities(self, batch: VideoBatch, cond: Conditioning) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -1,0 +1,196 @@
+"""Warp-as-History: the past as the wanted camera sees it, given to any denoiser that takes `cond.history`.
+
+Sections are those of the warp adapter's specification. What the camera cannot see is dropped token by token, and
+beyond the first, noisiest part of denoising all of it: there the base alone decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgr.geometry.warp import Keyframes, chunk_video, known_depth, warp
+from vgr.seeding import torch_generator
+from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layout
+
+# Depth (H,W) of an image (H,W,3) uint8, the raw frame of that number; 0 or not finite where nothing can be said.
+DepthOf = Callable[[Tensor, int], Tensor]
+MAX_RESCALE = 10.0  # of a keyframe's depth, to that of the scene so far (2.1)
+
+
+def select_tokens(
+    visible: Tensor, stride: tuple[int, int, int], patch: tuple[int, int, int], threshold: float = 0.1,
+    rule: str = "area",
+) -> Tensor:  # fmt: skip
+    """Tokens (B,t,h,w), bool, that are visible enough to be kept (2.5); training and inference call it alike (3.4).
+
+    visible (B,F,H,W): bool, or from 0 to 1, of the F = 1 + (T-1) R raw frames; stride (R, h, w): raw frames and pixels
+    of a latent; patch (t,h,w): latents of a token, the last frames and cells repeated to fill it. A latent frame is as
+    visible as its last raw frame, a token as its latents on average, and it is kept from `threshold` on. rule: how
+    visible a latent is. "area": the mean of its pixels; "center": bilinear at its centre, as published, which under a
+    stride of 8 reads 4 pixels of 64. Ours is the default: what a threshold says of a token is then true of all of it,
+    and specks at centres do not decide. A published adapter was trained with the other. ValueError for other rules and
+    sizes.
+    """
+    _, frames, height, width = visible.shape
+    if rule not in ("area", "center") or (frames - 1) % stride[0] or height % stride[1] or width % stride[2]:
+        raise ValueError(
+            f"visible (B,F,H,W) of {frames} frames, {height}x{width}, by rule {rule}: F must be 1 + a multiple of "
+            f"{stride[0]}, the sizes multiples of {stride[1]} and {stride[2]}, the rule area or center"
+        )
+    share = visible[:, :: stride[0]].float()
+    if rule == "area":
+        share = F.avg_pool2d(share, stride[1:])
+    else:
+        share = F.interpolate(share, (height // stride[1], width // stride[2]), mode="bilinear")
+    rest = [-size % p for size, p in zip(share.shape[1:], patch)]
+    share = F.pad(share[:, None], (0, rest[2], 0, rest[1], 0, rest[0]), mode="replicate")
+    return F.avg_pool3d(share, patch)[:, 0] >= threshold
+
+
+def evidence_block(
+    latents: Tensor, visible: Tensor, position: Tensor, seeds: Sequence[int], *, stride: tuple[int, int, int],
+    patch: tuple[int, int, int] = (1, 2, 2), threshold: float = 0.1, rule: str = "area", tier: str = "short",
+    noise: tuple[float, float] = (0.111, 0.135),
+) -> HistoryBlock:  # fmt: skip
+    """A warp's latents (B,C,T,H,W) as evidence of the frames at `position` (T,), with noise on them (2.4, 2.5).
+
+    Each frame becomes sigma eps + (1 - sigma) x, sigma uniform within `noise`; both are functions of its row's seed
+    and its position alone. The others: see `select_tokens`. ValueError where visible is not of these latents.
+    """
+    keep = select_tokens(visible, stride, patch, threshold, rule)
+    if visible.shape[1] != 1 + (latents.shape[2] - 1) * stride[0] or len(seeds) != len(latents):
+        raise ValueError(
+            f"{latents.shape[2]} latent frames of {len(latents)} rows need {1 + (latents.shape[2] - 1) * stride[0]} "
+            f"raw frames and as many seeds, got {visible.shape[1]} and {len(seeds)}"
+        )
+    noisy = latents.clone()
+    for row, seed in zip(noisy, seeds):
+        for i, place in enumerate(position.tolist()):
+            generator = torch_generator(seed, "evidence", place)
+            sigma = noise[0] + (noise[1] - noise[0]) * float(torch.rand((), generator=generator))
+            eps = torch.randn(row[:, i].shape, generator=generator).to(row)
+            row[:, i] = sigma * eps + (1 - sigma) * row[:, i]
+    return HistoryBlock(noisy, position, tier, keep)
+
+
+def with_evidence(denoiser: Denoiser, evidence: Sequence[HistoryBlock] = (), from_time: float = 0.74) -> Denoiser:
+    """`denoiser` with `evidence` beside what cond.history holds, all of it only at times from `from_time` on (8.3).
+
+    The time that counts is a sample's chunk's, the latest of its frames: a given first frame stands at 0. Chunks below
+    it lose their evidence, and calls in which all do are the base's. Commits, whose time is 0, have none. The state is
+    the denoiser's, and so are `new_state`, `lean` and what it takes. ValueError for one that takes no history.
+    """
+    if not getattr(denoiser, "takes_history", False):
+        name = getattr(denoiser, "__name__", type(denoiser).__name__)
+        raise ValueError(f"{name} does not read cond.history: evidence would change nothing")
+
+    def call(x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, **options: Any) -> tuple[Tensor, Any]:
+        history = (*cond.history, *evidence)
+        open_BT = None if not history else _latest(t, cond.layout) >= from_time
+        history = [_among(block, open_BT, cond.layout) for block in history]
+        cond = dataclasses.replace(cond, history=tuple(block for block in history if block is not None))
+        return denoiser(x, t, cond, state, **options)
+
+    for name in ("new_state", "lean", "takes_history", "takes_cameras"):
+        if hasattr(denoiser, name):
+            setattr(call, name, getattr(denoiser, name))
+    return call
+
+
+def _latest(t: Tensor, layout: Layout) -> Tensor:
+    """Of each frame the latest time (B,T) of the frames of its chunk and role."""
+    together = (layout.chunk[:, None] == layout.chunk) & (layout.role[:, None] == layout.role)
+    return torch.where(together, t[:, None], 0.0).amax(2)
+
+
+def _among(block: HistoryBlock, open_BT: Tensor, layout: Layout) -> HistoryBlock | None:
+    """What is left of a block where its targets are open: itself if all are, None if none."""
+    targets = (layout.role == 0).nonzero()[:, 0]
+    place = targets[(layout.position[targets] == block.position[:, None]).int().argmax(1)]
+    shown = open_BT[:, place]
+    some, every = torch.stack([shown.any(), shown.all()]).tolist()
+    if every or not some:
+        return block if every else None
+    if block.keep is None or block.keep.shape[1] != len(block.position):
+        raise ValueError("samples or chunks on both sides of from_time need evidence whose `keep` tells frames apart")
+    return dataclasses.replace(block, keep=block.keep & shown[:, :, None, None])
+
+
+@dataclass(frozen=True)
+class _Keyframe:
+    frame: int
+    image: Tensor
+    depth: Tensor
+
+
+class WarpEvidence:
+    """Called with a chunk's conditioning and the raw frame before it, gives the chunk's evidence.
+
+    cameras (1,F): of all raw frames the rollout will have, in the unit of depth_of at its first frame; a frame made is
+    taken to be where its camera was told to be. depth_of: of any frame, each brought to the scale of what is known
+    already where the two see the same. rescale=False: depth_of has one scale anyway. keyframes: how many are kept
+    beside the newest, the first image and the ends of the latest chunks; memory does not grow beyond them. The other
+    arguments: `evidence_block`'s and `vgr.geometry.warp.warp`'s. ValueError for cameras that end before the rollout.
+    """
+
+    def __init__(
+        self, cameras: Cameras, depth_of: DepthOf, codec: Codec, *, seed: int, keyframes: int = 4,
+        threshold: float = 0.1, rule: str = "area", rules: str = "ours", atlas: bool = False, rescale: bool = True,
+    ) -> None:  # fmt: skip
+        if keyframes < 1 or cameras.c2w.ndim != 4 or len(cameras.c2w) != 1:
+            raise ValueError(f"keyframes={keyframes} with cameras {tuple(cameras.c2w.shape)}: at least 1, of one video")
+        self.cameras, self.depth_of, self.codec, self.seed = cameras, depth_of, codec, seed
+        self.keyframes, self.rescale = keyframes, rescale
+        self.select = {"threshold": threshold, "rule": rule}
+        self.rendering = {"rules": rules, "atlas": atlas}
+        self._kept: list[_Keyframe] = []
+
+    def __call__(self, cond: Conditioning, last: Tensor | None) -> tuple[HistoryBlock, ...]:
+        """One block, at the positions of the chunk's frames; none where nothing was seen yet."""
+        if last is None:
+            return ()
+        position, stride = cond.layout.position, self.codec.stride[0]
+        begins = int(position[0]) == 0
+        a, b = (0 if begins else stride * (int(position[0]) - 1) + 1), stride * int(position[-1]) + 1
+        if b > self.cameras.c2w.shape[1]:
+            raise ValueError(f"the rollout goes to raw frame {b - 1}, but the camera's path has only "
+                             f"{self.cameras.c2w.shape[1]} frames: give a longer path or fewer seconds")
+        self._add(last, max(a - 1, 0))
+        newest = self._geometry(self._kept[::-1])
+        video, visible = chunk_video(
+            newest, self.cameras.c2w[0, a:b], self.cameras.intrinsics[0, a:b], begins=begins, **self.rendering
+        )
+        latents = self.codec.encode(video[None].to(position.device))[:, :, 0 if begins else 1 :]
+        shown = visible[None, 0 if begins else stride - 1 :]  # from the first latent frame's last raw frame on
+        return (evidence_block(latents, shown, position, [self.seed], stride=self.codec.stride, **self.select),)
+
+    def _add(self, image: Tensor, frame: int) -> None:
+        """The newest keyframe, its depth in the others' scale; of the older ones the first and the latest stay."""
+        depth = self.depth_of(image, frame).float()
+        picture = image.permute(2, 0, 1).float() / 127.5 - 1
+        if self._kept and self.rescale:
+            at = slice(frame, frame + 1)
+            seen = warp(self._geometry(self._kept[::-1]), self.cameras.c2w[0, at], self.cameras.intrinsics[0, at])
+            both = seen.visible[0] & known_depth(depth)
+            if bool(both.any()):
+                ratio = (seen.depth[0][both] / depth[both]).double()
+                low, high = torch.quantile(ratio[:: max(1, len(ratio) // 100_000)], ratio.new_tensor([0.1, 0.9]))
+                ratio = ratio[(ratio >= low) & (ratio <= high)].median().clamp(1 / MAX_RESCALE, MAX_RESCALE)
+                depth = depth * float(ratio)
+        self._kept.append(_Keyframe(frame, picture, depth))
+        if len(self._kept) > self.keyframes + 1:
+            del self._kept[1]
+
+    def _geometry(self, kept: list[_Keyframe]) -> Keyframes:
+        at = [one.frame for one in kept]
+        return Keyframes(
+            torch.stack([one.image for one in kept]), torch.stack([one.depth for one in kept]),
+            self.cameras.intrinsics[0, at].float(), self.cameras.c2w[0, at].float(),
+        )  # fmt: skip

@@ -104,21 +104,20 @@ class Arms:
             coarse = unaligned(coarse)
         denoiser = Streamed(model, noise, (STEPS,) * model.stages, coarse=coarse)
         evidence = WarpEvidence(cameras, lambda _, frame: depth[frame], codec, seed=seed, rescale=False)
-        decode, last, pieces, state = codec.stream(), torch.from_numpy(clip.frames[0]), [], denoiser.new_state()
-        first = codec.encode(last.permute(2, 0, 1)[None, :, None].float().to(self.device) / 127.5 - 1)
+        decode, pieces, state = codec.stream(), [torch.from_numpy(clip.frames[:1])], denoiser.new_state()
+        first = codec.encode(pieces[0].permute(3, 0, 1, 2)[None].float().to(self.device) / 127.5 - 1)
         for chunk in range(int(cond.layout.chunk[-1]) + 1):
             at = (cond.layout.chunk == chunk).nonzero()[:, 0]
             part = cond.frames(int(at[0]), int(at[-1]) + 1)
             if arm != "frozen":
-                part = dataclasses.replace(part, history=evidence(part, last))
+                part = dataclasses.replace(part, history=evidence(part, pieces[-1]))
             if arm == "LoRA, all tokens kept":
                 part = dataclasses.replace(part, history=tuple(dataclasses.replace(b, keep=None) for b in part.history))
             given = first if chunk == 0 else None
             latents, state = next(stream(denoiser, state, part.to(self.device), torch.tensor([1.0, 0.0]), noise, given))
             video = decode(latents)[0].clamp(-1, 1)
             pieces.append(video.add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).cpu())
-            last = pieces[-1][-1]
-        return torch.cat(pieces).numpy()
+        return torch.cat(pieces[1:]).numpy()
 
     def ceiling(self, clip: Clip) -> np.ndarray:
         """The true clip through the codec."""

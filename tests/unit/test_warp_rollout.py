@@ -7,12 +7,16 @@ import pytest
 import torch
 from test_one_video import K, walk
 
+from vgr.diffusion.pyramid import Streamed
 from vgr.diffusion.rollout import Session
+from vgr.diffusion.samplers import frame_noise
 from vgr.geometry.cameras import relative_to_first
 from vgr.metrics.image import psnr
 from vgr.models import warp_adapter
+from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
-from vgr.models.warp_adapter import WarpEvidence
+from vgr.models.helios import Helios
+from vgr.models.warp_adapter import WarpEvidence, with_evidence
 from vgr.types import Cameras, TextStates
 
 STRIDE, CHUNK, FPS = 4, 2, 16.0
@@ -80,9 +84,9 @@ def test_appended_in_pieces_is_the_same():
 def test_depth_of_any_scale_is_brought_to_the_first_frames():
     """Estimates that halve and double from keyframe to keyframe leave the same evidence as one scale throughout."""
     cameras, shown, depth = path(25)
-    scale = iter((1.0, 0.5, 2.0))
-    given = WarpEvidence(cameras, lambda image, frame: depth[frame], CODEC, seed=1)
-    off = WarpEvidence(cameras, lambda image, frame: depth[frame] * next(scale), CODEC, seed=1)
+    scale = {0: 1.0, 8: 0.5, 16: 2.0}
+    given = WarpEvidence(cameras, lambda image, frame: depth[frame], CODEC, seed=1, moving="keep")
+    off = WarpEvidence(cameras, lambda image, frame: depth[frame] * scale[frame], CODEC, seed=1, moving="keep")
     (a, seen_a), (b, seen_b) = (rolled(e, shown[0], 1.5) for e in (given, off))
     assert np.abs(a.astype(int) - b).mean() < 1
     for x, y in zip(seen_a.seen, seen_b.seen):
@@ -103,3 +107,29 @@ def test_what_a_rollout_refuses():
         rolled(evidence, shown[0], 1.5)
     with pytest.raises(ValueError, match="keyframes=0"):
         WarpEvidence(cameras, lambda image, frame: depth[frame], CODEC, seed=1, keyframes=0)
+
+
+@pytest.mark.parametrize("kind", ["causal", "helios"])
+def test_both_models_follow_evidence_through_a_session(kind):
+    """Random models: the video is whole, begins with its image, and is another with evidence than without."""
+    cameras, shown, depth = path(25)
+    codec = CosineCodec(stride=(STRIDE, 8, 8), luma=(3, 1), chroma=(1,))
+    noise = frame_noise([0], (codec.channels, 12, 16))
+    torch.manual_seed(0)
+    if kind == "causal":
+        model = CausalVideo(codec.channels, 32, 2, 2, 64, 4, 1, window=1)
+        denoiser, sigmas = with_evidence(model), torch.tensor([1.0, 0.5, 0.0])
+    else:
+        options = {"ffn_dim": 32, "rope_dim": [8, 4, 4]}
+        model = Helios(codec.channels, 4, 2, 16, 2, options, text_length=1, stage_times=(999.0, 571.0, 0.999))
+        denoiser, sigmas = Streamed(model, noise, (1, 1)), torch.tensor([1.0, 0.0])
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    made = []
+    for given in (None, WarpEvidence(cameras, lambda image, frame: depth[frame], codec, seed=1)):
+        session = Session(denoiser, codec, no_text, sigmas=sigmas, chunk=CHUNK, fps=FPS, size_hw=(96, 128),
+                          first_frame=torch.from_numpy(shown[0]), evidence=given)  # fmt: skip
+        session.append("", 1.5)
+        made.append(torch.cat(list(session.frames())))
+    assert made[0].shape == (25, 96, 128, 3) and torch.equal(made[0][0], made[1][0])
+    assert (made[0][1:].float() - made[1][1:].float()).abs().mean(dim=(1, 2, 3)).min() > 0.01

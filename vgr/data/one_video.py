@@ -26,8 +26,9 @@ from vgr.geometry.cameras import crop_intrinsics, from_fov, interpolate
 from vgr.geometry.checks import check_cameras
 from vgr.geometry.conventions import check_convention
 from vgr.geometry.depth import densify, scale_to
+from vgr.geometry.moving import moving_mask
 from vgr.geometry.reconstruct import reconstruct
-from vgr.geometry.warp import Keyframes, chunk_video
+from vgr.geometry.warp import Keyframes, chunk_video, known_depth, warp
 from vgr.seeding import numpy_generator
 from vgr.types import Cameras, Layout
 
@@ -75,22 +76,25 @@ class OneVideo:
     MAX_KEYFRAMES - 1 ends of chunks before that, and with probability EXTRA of one or two frames still to come.
     stride: the codec's raw frames of a latent frame. reverse: how often time runs backward. cameras: "files", beside
     the video as in a folder of videos, or "estimate". depth: "sparse", from the points of the estimate, "files", an
-    array `depth` (F,h,w) in <name>.depth.npz in the unit of the cameras, or the folder of a network. Both splits are of
+    array `depth` (F,h,w) in <name>.depth.npz in the unit of the cameras, or the folder of a network. moving: "drop"
+    what moves on its own from the warps, or "keep" it where it stood, as published. Both splits are of
     the one video, with other draws. ValueError says why a video cannot serve: too short, cut, without parallax,
     poses of other frames or another convention, depth of another size or without a pixel.
     """
 
     def __init__(self, video: str, frames: int, size_hw: tuple[int, int], fps: float, chunk: int, stride: int,
                  caption: str = "", cameras: str = "estimate", depth: str = "sparse", hfov_deg: float | None = None,
-                 reverse: float = 0.5, licence: str = "not stated") -> None:
+                 moving: str = "drop", reverse: float = 0.5, licence: str = "not stated") -> None:
         self.video, self.frames, self.size_hw = str(video), frames, (int(size_hw[0]), int(size_hw[1]))
         self.fps, self.chunk, self.stride, self.caption = float(fps), chunk, stride, caption
         self.cameras, self.depth, self.hfov_deg = cameras, depth, hfov_deg
-        self.reverse, self.licence, self.clips_per_visit = reverse, licence, 1
+        self.moving, self.reverse, self.licence, self.clips_per_visit = moving, reverse, licence, 1
         self.splits: dict[str, Any] = {"train": [Path(video).name], "val": [Path(video).name]}
         if (frames - 1) % stride or (frames - 1) // stride < chunk or not 0 <= reverse <= 1:
             raise ValueError(f"source.frames={frames}, source.reverse={reverse}: frames must be 1 + n x {stride}, at "
                              f"least {1 + chunk * stride}, and the share 0 to 1")
+        if moving not in ("drop", "keep"):
+            raise ValueError(f"source.moving={moving}: drop what moves on its own from the warps, or keep it there")
         if cameras not in ("files", "estimate") or (depth == "sparse" and cameras == "files"):
             raise ValueError(f"source.cameras={cameras}, source.depth={depth}: cameras are files or estimate; sparse "
                              "depth comes of the estimate, beside files give depth=files or a network's folder")
@@ -110,7 +114,8 @@ class OneVideo:
         for a, b in zip([0, *ends], ends):
             chosen = self._keyframes(rng, a, b, ends)
             keyframes = Keyframes(images[chosen], depth[chosen], k[chosen], c2w[chosen])
-            video, seen = chunk_video(keyframes, c2w[a:b], k[a:b], begins=a == 0)
+            found = warp(keyframes, c2w[a:b], k[a:b])
+            video, seen = chunk_video(found, images[chosen[0]], begins=a == 0)
             videos.append(video.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).numpy())
             visible.append(seen.numpy())
         shots = [{"start": 0, "end": self.frames, "caption": self.caption}]
@@ -159,7 +164,12 @@ class OneVideo:
         if check_convention(frames, cameras).verdict != "agrees":
             raise ValueError(f"source.video={path}: the camera hardly moves from its place, so that no warp tells near "
                              "from far; give a video with parallax")
-        return Known(frames, c2w, k, self._depth(path, frames, c2w, k, points))
+        depth = self._depth(path, frames, c2w, k, points)
+        if self.moving == "drop":
+            still = np.where(moving_mask(frames, depth, c2w, k), 0, depth)
+            some = known_depth(torch.from_numpy(still)).flatten(1).any(1).numpy()
+            depth = np.where(some[:, None, None], still, depth)
+        return Known(frames, c2w, k, depth)
 
     def _from_files(
         self, path: Path, count: int, indices: NDArray[np.int64], times: Array
@@ -192,7 +202,7 @@ class OneVideo:
 
     def _depth(self, path: Path, frames: NDArray[np.uint8], c2w: Array, k: Array, points: Array) -> NDArray[np.float32]:
         if self.depth == "sparse":
-            return densify(points, c2w, k[0], frames)
+            return densify(points, c2w, k[0], self.size_hw)
         if self.depth != "files":
             depth = DepthModel(self.depth)(frames)
             return depth * scale_to(depth, points, c2w, k) if len(points) else depth

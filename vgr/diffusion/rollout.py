@@ -106,10 +106,10 @@ class Session:
     else `vgr.geometry.cameras.group_by_latent`. cut_prefix: what the model reads before the prompt in the first
     chunk after a cut ("" if a new prompt is cut enough), None for a model that knows no cuts. story: a caption of the
     whole, read before every prompt. renoise: see `samplers.few_step`. evidence: gives each chunk its `cond.history` as
-    it is about to be made, from its conditioning and the raw frame (H,W,3) uint8 before it, None at a video's start
-    without an image. The noise depends on `seed` and the frame alone, so the video does not depend on when its pieces
-    were appended. Autocast is the caller's; codec, cameras and evidence run outside it. ValueError for parts that
-    cannot stream or take no evidence, and sizes that do not fit.
+    it is about to be made, from its conditioning and the raw frames (n,H,W,3) uint8 of the one before, at a video's
+    start its image or None. The noise depends on `seed` and the frame alone, so the video does not depend on when its
+    pieces were appended. Autocast is the caller's; codec, cameras and evidence run outside it. ValueError for parts
+    that cannot stream or take no evidence, and sizes that do not fit.
     """
 
     def __init__(
@@ -156,7 +156,8 @@ class Session:
         self._noise = frame_noise([seed], shape_CHW, device)
         self._state = denoiser.new_state()
         self._decoder = codec.stream()
-        self._image = self._last = first_frame
+        self._image = first_frame
+        self._before = None if first_frame is None else first_frame[None]
         self._origin: Cameras | None = None
         self._latents = self._shot = 0
         self._queue: deque[Conditioning] = deque()
@@ -247,7 +248,7 @@ class Session:
         cond = self._queue[0]
         if self.evidence is not None:
             with torch.autocast(self.device.type, enabled=False):
-                cond = dataclasses.replace(cond, history=self.evidence(cond, self._last)).to(self.device)
+                cond = dataclasses.replace(cond, history=self.evidence(cond, self._before)).to(self.device)
         parts = (self.denoiser, self._state, cond, self.sigmas, self._noise, first)
         latents, state = next(stream(*parts, renoise=self.renoise))
         with torch.autocast(self.device.type, enabled=False):
@@ -255,7 +256,7 @@ class Session:
         self._state, self._image = state, None
         self._queue.popleft()
         frames = ((video[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
-        self._last = frames[-1].clone()  # of a view the whole piece would live on
+        self._before = frames
         return frames
 
     def _encode(self, image: Tensor) -> Tensor:

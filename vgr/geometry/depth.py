@@ -58,9 +58,7 @@ def densify(
     return depth
 
 
-def seen(
-    points_N3: Array, c2w_44: Array, k_4: Array, size_hw: tuple[int, int]
-) -> tuple[Array, Array]:
+def seen(points_N3: Array, c2w_44: Array, k_4: Array, size_hw: tuple[int, int]) -> tuple[Array, Array]:
     """Pixels (M,2) and depths (M,) of the points that a camera sees, a margin about the picture included.
 
     Left out: points that nearer ones surround, which look through a surface, and points like none of those about them.
@@ -108,9 +106,7 @@ def _spread(pixels: Array, z: Array, size_hw: tuple[int, int]) -> NDArray[np.flo
     return found.reshape(height, width).astype(np.float32)
 
 
-def scale_to(
-    depth_FHW: ArrayLike, points_N3: ArrayLike, c2w_F44: ArrayLike, intrinsics: ArrayLike
-) -> float:
+def scale_to(depth_FHW: ArrayLike, points_N3: ArrayLike, c2w_F44: ArrayLike, intrinsics: ArrayLike) -> float:
     """What to multiply depth maps (F,H,W) of any size by to be in the unit of points (N,3) and cameras (F,4,4).
 
     The median over all frames and the points they see of sparse over dense depth, which no share of wrong ones below a

@@ -29,7 +29,6 @@ _LOOK_BACK = (8, 4, 2, 1)  # frames over which a way is measured: the farthest i
 _ENOUGH = 0.3  # of a thing's pixels
 _SHOWS = 1.0  # levels of 255
 _SMALL, _HOLE = 6e-4, 1.2e-2  # of the picture: what moves is larger, holes in it are not
-VR = 2
 Mask = NDArray[np.bool_]
 
 
@@ -68,7 +67,7 @@ def moving_mask(
         for g in (f + n for reach in REACH for n in (-reach, reach) if 0 <= f + n < len(frames)):
             pair = _pair(frames, depth, c2w, k, f, g)
             votes += np.multiply((pair.moves, pair.known), abs(g - f))  # slow motion shows over long reaches only
-        found[f] = _tidy(VR * votes[0] > votes[1])
+        found[f] = _tidy(2 * votes[0] > votes[1])
     return found
 
 

@@ -156,17 +156,13 @@ def forward_warp(
     return found.images[0], found.visible[0]
 
 
-def chunk_video(
-    keyframes: Keyframes, c2w_F44: Tensor, intrinsics_F4: Tensor, *, begins: bool, rules: str = "ours",
-    atlas: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A chunk's warp as a codec is to see it, (C,n,H,W), and what is visible of its F frames, (F,H,W) (2.4).
+def chunk_video(found: Warped, source_CHW: Tensor, *, begins: bool) -> tuple[Tensor, Tensor]:
+    """A chunk's warp of F frames as a codec is to see it, (C,n,H,W), and what is visible of them, (F,H,W) (2.4).
 
-    The first keyframe stands before the chunk's frames, n = 1 + F, so that the codec knows whence they come, and its
-    latent is left out afterwards. A chunk that begins a video begins with that keyframe: it is frame 0, n = F.
+    The source, the frame before, stands before the chunk's frames, n = 1 + F, so that the codec knows whence they come,
+    and its latent is left out afterwards. A chunk that begins a video begins with the source: it is frame 0, n = F.
     """
-    found = warp(keyframes, c2w_F44, intrinsics_F4, rules=rules, atlas=atlas)
-    images, visible, source = found.images, found.visible, keyframes.images[:1].float()
+    images, visible, source = found.images, found.visible, source_CHW[None].float()
     if begins:
         images, visible = torch.cat([source, images[1:]]), torch.cat([torch.ones_like(visible[:1]), visible[1:]])
     else:

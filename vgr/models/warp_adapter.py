@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vgr.geometry.moving import Moving, carry, moving_mask, own_motion
 from vgr.geometry.warp import Keyframes, chunk_video, known_depth, warp
 from vgr.seeding import torch_generator
 from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layout
@@ -22,6 +23,7 @@ from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layo
 # Depth (H,W) of an image (H,W,3) uint8, the raw frame of that number; 0 or not finite where nothing can be said.
 DepthOf = Callable[[Tensor, int], Tensor]
 MAX_RESCALE = 10.0  # of a keyframe's depth, to that of the scene so far (2.1)
+_LOOK_BACK = 9  # frames before a chunk in which what moves is sought
 
 
 def select_tokens(
@@ -131,62 +133,94 @@ class _Keyframe:
 
 
 class WarpEvidence:
-    """Called with a chunk's conditioning and the raw frame before it, gives the chunk's evidence.
+    """Called with a chunk's conditioning and the raw frames before it, gives the chunk's evidence (2.3, 4.1).
 
-    cameras (1,F): of all raw frames the rollout will have, in the unit of depth_of at its first frame; a frame made is
-    taken to be where its camera was told to be. depth_of: of any frame, each brought to the scale of what is known
-    already where the two see the same. rescale=False: depth_of has one scale anyway. keyframes: how many are kept
-    beside the newest, the first image and the ends of the latest chunks; memory does not grow beyond them. The other
-    arguments: `evidence_block`'s and `vgr.geometry.warp.warp`'s. ValueError for cameras that end before the rollout.
+    `diffusion.rollout.Session` asks it as a chunk is about to be made. cameras (1,F): of all raw frames the rollout
+    will have, in the unit of depth_of at its first frame; a frame made is taken to be where its camera was told to be.
+    rescale: each keyframe's depth is brought to the scale of what is known already where the two see the same; False
+    where depth_of has one scale anyway. keyframes: how many are kept beside the newest, the first image and the ends of
+    the latest chunks; memory does not grow beyond them. moving: what moves on its own is warped as if it stood
+    ("keep", as published), left out ("drop"), or taken along its own way ("carry"). The other arguments:
+    `evidence_block`'s and `vgr.geometry.warp.warp`'s. ValueError for cameras that end before the rollout.
     """
 
     def __init__(
         self, cameras: Cameras, depth_of: DepthOf, codec: Codec, *, seed: int, keyframes: int = 4,
         threshold: float = 0.1, rule: str = "area", rules: str = "ours", atlas: bool = False, rescale: bool = True,
+        moving: str = "drop",
     ) -> None:  # fmt: skip
         if keyframes < 1 or cameras.c2w.ndim != 4 or len(cameras.c2w) != 1:
             raise ValueError(f"keyframes={keyframes} with cameras {tuple(cameras.c2w.shape)}: at least 1, of one video")
+        if moving not in ("keep", "drop", "carry"):
+            raise ValueError(f"moving={moving}: choose keep, drop or carry")
+        if moving == "carry" and rules != "ours":
+            raise ValueError("moving=carry is drawn by our rules; use rules=ours")
         self.cameras, self.depth_of, self.codec, self.seed = cameras, depth_of, codec, seed
-        self.keyframes, self.rescale = keyframes, rescale
-        self.select = {"threshold": threshold, "rule": rule}
-        self.rendering = {"rules": rules, "atlas": atlas}
+        self.keyframes, self.rescale, self.moving = keyframes, rescale, moving
+        self.select, self.rules, self.atlas = {"threshold": threshold, "rule": rule}, rules, atlas
         self._kept: list[_Keyframe] = []
 
-    def __call__(self, cond: Conditioning, last: Tensor | None) -> tuple[HistoryBlock, ...]:
+    def __call__(self, cond: Conditioning, before: Tensor | None) -> tuple[HistoryBlock, ...]:
         """One block, at the positions of the chunk's frames; none where nothing was seen yet."""
-        if last is None:
+        if before is None:
             return ()
         position, stride = cond.layout.position, self.codec.stride[0]
         begins = int(position[0]) == 0
         a, b = (0 if begins else stride * (int(position[0]) - 1) + 1), stride * int(position[-1]) + 1
         if b > self.cameras.c2w.shape[1]:
             raise ValueError(f"the rollout goes to raw frame {b - 1}, but the camera's path has only "
-                             f"{self.cameras.c2w.shape[1]} frames: give a longer path or fewer seconds")
-        self._add(last, max(a - 1, 0))
-        newest = self._geometry(self._kept[::-1])
-        video, visible = chunk_video(
-            newest, self.cameras.c2w[0, a:b], self.cameras.intrinsics[0, a:b], begins=begins, **self.rendering
-        )
+                             f"{self.cameras.c2w.shape[1]} frames: give a longer path or fewer seconds")  # fmt: skip
+        things = self._add(before[-_LOOK_BACK:], max(a - 1, 0))
+        newest, way = self._geometry(self._kept[::-1]), (self.cameras.c2w[0, a:b], self.cameras.intrinsics[0, a:b])
+        if things:
+            found = carry(newest, things, *way, torch.arange(1, b - a + 1), atlas=self.atlas)
+        else:
+            found = warp(newest, *way, rules=self.rules, atlas=self.atlas)
+        video, visible = chunk_video(found, newest.images[0], begins=begins)
+        if things:  # from here on only what stands still serves
+            self._kept[-1] = self._without(self._kept[-1], things)
         latents = self.codec.encode(video[None].to(position.device))[:, :, 0 if begins else 1 :]
         shown = visible[None, 0 if begins else stride - 1 :]  # from the first latent frame's last raw frame on
         return (evidence_block(latents, shown, position, [self.seed], stride=self.codec.stride, **self.select),)
 
-    def _add(self, image: Tensor, frame: int) -> None:
-        """The newest keyframe, its depth in the others' scale; of the older ones the first and the latest stay."""
-        depth = self.depth_of(image, frame).float()
-        picture = image.permute(2, 0, 1).float() / 127.5 - 1
-        if self._kept and self.rescale:
-            at = slice(frame, frame + 1)
-            seen = warp(self._geometry(self._kept[::-1]), self.cameras.c2w[0, at], self.cameras.intrinsics[0, at])
-            both = seen.visible[0] & known_depth(depth)
-            if bool(both.any()):
-                ratio = (seen.depth[0][both] / depth[both]).double()
-                low, high = torch.quantile(ratio[:: max(1, len(ratio) // 100_000)], ratio.new_tensor([0.1, 0.9]))
-                ratio = ratio[(ratio >= low) & (ratio <= high)].median().clamp(1 / MAX_RESCALE, MAX_RESCALE)
-                depth = depth * float(ratio)
-        self._kept.append(_Keyframe(frame, picture, depth))
+    def _add(self, frames: Tensor, last: int) -> list[Moving]:
+        """The newest keyframe, frames' last, number `last`; gives what is to be carried. Of older ones the first and
+        the latest stay."""
+        numbers = range(last + 1 - len(frames), last + 1)
+        depth = self.depth_of(frames[-1], last).float()
+        picture = frames[-1].permute(2, 0, 1).float() / 127.5 - 1
+        scale = self._scale(depth, last)
+        things: list[Moving] = []
+        if self.moving != "keep" and len(frames) >= 3:
+            depths = torch.stack([*(self.depth_of(x, n).float() for x, n in zip(frames[:-1], numbers)), depth]) * scale
+            c2w, k = (x[0, list(numbers)].double().numpy() for x in (self.cameras.c2w, self.cameras.intrinsics))
+            shot = frames.numpy(), depths.numpy(), c2w, k
+            mask = moving_mask(*shot)[-1]
+            if self.moving == "carry":
+                things = own_motion(*shot, mask)
+            elif not mask.all():
+                depth = torch.where(torch.from_numpy(mask), 0, depth)
+        self._kept.append(_Keyframe(last, picture, depth * scale))
         if len(self._kept) > self.keyframes + 1:
             del self._kept[1]
+        return things
+
+    def _scale(self, depth: Tensor, frame: int) -> float:
+        """What brings a new frame's depth to that of the keyframes, 1 without any (2.3)."""
+        if not self._kept or not self.rescale:
+            return 1.0
+        at = slice(frame, frame + 1)
+        seen = warp(self._geometry(self._kept[::-1]), self.cameras.c2w[0, at], self.cameras.intrinsics[0, at])
+        both = seen.visible[0] & known_depth(depth) & known_depth(seen.depth[0])
+        if not bool(both.any()):
+            return 1.0
+        return float((seen.depth[0][both] / depth[both]).median().clamp(1 / MAX_RESCALE, MAX_RESCALE))
+
+    @staticmethod
+    def _without(kept: _Keyframe, things: list[Moving]) -> _Keyframe:
+        mask = torch.from_numpy(sum(thing.mask for thing in things) > 0)
+        depth = torch.where(mask, 0, kept.depth)
+        return _Keyframe(kept.frame, kept.image, depth if bool(known_depth(depth).any()) else kept.depth)
 
     def _geometry(self, kept: list[_Keyframe]) -> Keyframes:
         at = [one.frame for one in kept]

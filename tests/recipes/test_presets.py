@@ -13,7 +13,8 @@ from vgr import command
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 MODEL = ("mixer", "sink", "window", "routed")
-STAGES = [name for name in command.presets() if name not in ("world_model/tiny", "world_model/doom_small")]
+SMALL = ("world_model/tiny", "world_model/doom_small", "warp_adapter/base_tiny", "warp_adapter/tiny")
+STAGES = [name for name in command.presets() if name not in SMALL]
 SAME = ("training._target_", "training.chunk", "surgery", "sampling.method", *map("model.{}".format, MODEL))
 
 

@@ -139,5 +139,5 @@ def test_the_first_chunk_is_given_its_first_frame_and_late_times_alone():
 def test_shards_without_warps_are_refused():
     batch = clips()
     plain = VideoBatch(batch.latents, batch.cameras, batch.fps, batch.captions, batch.shot, batch.keys, batch.position)
-    with pytest.raises(ValueError, match="hold no warps; prepare them"):
+    with pytest.raises(ValueError, match="hold no warps; give data.video"):
         training("causal")._sample_losses(plain)

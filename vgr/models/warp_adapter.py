@@ -22,6 +22,7 @@ from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layo
 
 # Depth (H,W) of an image (H,W,3) uint8, the raw frame of that number; 0 or not finite where nothing can be said.
 DepthOf = Callable[[Tensor, int], Tensor]
+RULES = ("area", "center")  # of `select_tokens`
 MAX_RESCALE = 10.0  # of a keyframe's depth, to that of the scene so far (2.1)
 _LOOK_BACK = 9  # frames before a chunk in which what moves is sought
 
@@ -41,7 +42,7 @@ def select_tokens(
     sizes.
     """
     _, frames, height, width = visible.shape
-    if rule not in ("area", "center") or (frames - 1) % stride[0] or height % stride[1] or width % stride[2]:
+    if rule not in RULES or (frames - 1) % stride[0] or height % stride[1] or width % stride[2]:
         raise ValueError(
             f"visible (B,F,H,W) of {frames} frames, {height}x{width}, by rule {rule}: F must be 1 + a multiple of "
             f"{stride[0]}, the sizes multiples of {stride[1]} and {stride[2]}, the rule area or center"

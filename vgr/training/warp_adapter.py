@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vgr.diffusion import flow
 from vgr.diffusion.objectives import Noised
-from vgr.models.warp_adapter import evidence_block
+from vgr.models.warp_adapter import RULES, evidence_block
 from vgr.nn import lora
 from vgr.seeding import derive_seed
 from vgr.training.conditioning import conditioning, dropped
@@ -54,6 +54,8 @@ class WarpAdapterTraining(WorldModelTraining):
         **settings: Any,
     ) -> None:  # fmt: skip
         super().__init__(model, text, codec, **settings)
+        if rule not in RULES or not 0 <= threshold <= 1:
+            raise ValueError(f"training.rule={rule}, training.threshold={threshold}: {' or '.join(RULES)}, and 0 to 1")
         self.codec_stride, self.threshold, self.rule = tuple(codec.stride), threshold, rule
 
     def _sample_losses(self, batch: VideoBatch) -> Tensor:
@@ -69,7 +71,7 @@ class WarpAdapterTraining(WorldModelTraining):
     def _evidence(self, batch: VideoBatch, frames: tuple[int, int], positions: Tensor) -> HistoryBlock:
         """The warps of latent frames a to b, with noise that is a function of (seed, position)."""
         if batch.warp is None:
-            raise ValueError("these shards hold no warps; prepare them with vgr-prepare data=one_video")
+            raise ValueError("these shards hold no warps; give data.video=<one shot>")
         a, b = frames
         visible = batch.warp.visible[:, a * self.stride : (b - 1) * self.stride + 1]
         seeds = [derive_seed(self.seed, "evidence", p) for p in positions.tolist()]

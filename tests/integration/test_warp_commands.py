@@ -1,0 +1,133 @@
+"""The warp adapter by the usual commands: one video becomes windows, adapters, a PEFT folder; mistakes lose nothing."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_training import make_project, train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parent))
+from test_export import run as export  # noqa: E402
+from test_helios_training import SMALL as BASE  # noqa: E402
+from test_one_video import make  # noqa: E402
+
+from vgr.data.shards import Shards  # noqa: E402
+from vgr.nn import lora  # noqa: E402
+from vgr.training import checkpoints, rebuild  # noqa: E402
+
+SMALL = [
+    "experiments=warp_adapter/tiny", "trainer.accelerator=cpu", *BASE[4:7], "init_from=base", "data.video=clip.mp4",
+    "data.source={frames: 17, size_hw: [96, 128], fps: 16, cameras: files, depth: files}", "data.windows=6",
+    "data.val_clips=3", "training={chunk: 2, max_samples: 4, warmup_samples: 2}", "lora.rank=4", "lora.alpha=4",
+    "every={log: 1, validate: 4, save: 2}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = make_project(tmp_path_factory.mktemp("warp"))
+    done = train(folder, *BASE)
+    assert done.returncode == 0, done.stderr
+    shutil.move(next((folder / "runs" / "warp_adapter").glob("*/seed1")), folder / "base")
+    shutil.rmtree(folder / "runs")
+    make(folder)
+    done = train(folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run_of(project):
+    return next((project / "runs" / "warp_adapter").glob("*/seed1/checkpoints/latest")).parents[1]
+
+
+def test_windows_are_made_once_and_adapters_alone_are_kept(project):
+    folders = list((project / "datasets" / "one_video").glob("clip-*"))
+    assert len(folders) == 1
+    assert [len(Shards(folders[0] / split)) for split in ("train", "val")] == [6, 3]
+    kept = checkpoints.read_weights(checkpoints.resolve(run_of(project)), "weights")
+    assert kept and all(".lora_" in name for name in kept)
+    assert len(kept) == 2 * 4 * 2  # two blocks, four layers of each, two factors
+    told = json.loads((run_of(project) / "validation.json").read_text())["summary"]
+    assert {"val/loss", "val/loss_frozen", "val/loss_zero_shot", "val/gain_over_zero_shot_low"} <= told.keys()
+    again = train(project, *SMALL)
+    assert again.returncode == 0 and "train windows: 6/6" in again.stderr
+    assert checkpoints.tensors_hash(checkpoints.read_weights(checkpoints.resolve(run_of(project)), "weights")) == (
+        checkpoints.tensors_hash(kept))  # fmt: skip
+
+
+def test_merged_adapters_are_the_adapted_model_and_come_off_again(project):
+    checkpoint = checkpoints.resolve(run_of(project))
+    merged = rebuild.rebuild(checkpoint)["model"]
+    model = rebuild.rebuild(checkpoints.resolve(project / "base"))["model"]
+    plain = {name: x.clone() for name, x in model.state_dict().items()}
+    lora.add(model, 4, 4, ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
+    kept = checkpoints.read_weights(checkpoint, "ema")
+    model.load_state_dict({k.removeprefix("model."): v for k, v in kept.items()}, strict=False)
+    from tests.unit.tiny_helios import conditioning
+    from vgr.types import TextStates
+
+    cond = conditioning(1, first=6, frames=2)
+    cond = type(cond)(cond.layout, TextStates(torch.randn(1, 1, 6, merged.config["text_width"]), cond.text.mask), stage=0)
+    x, t = torch.randn(1, 16, 2, 4, 4), torch.full((1, 2), 0.7)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, cond)[0], merged(x, t, cond)[0], rtol=1e-5, atol=1e-5)
+        adapted = model(x, t, cond)[0]
+        with lora.without(model):
+            off = model(x, t, cond)[0]
+    assert not torch.equal(adapted, off)
+    assert all(torch.equal(x, plain[name]) for name, x in model.state_dict().items() if ".lora_" not in name)
+
+
+def test_adapters_leave_in_pefts_form(project):
+    done = export(project, f"checkpoint={run_of(project)}", "format=lora", "out=peft")
+    assert done[0] == 0, done
+    names = load_file(project / "peft" / "adapter_model.safetensors")
+    assert "base_model.model.transformer.blocks.0.attn1.to_out.0.lora_A.weight" in names
+    assert json.loads((project / "peft" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("words, told", [
+    (["data.video=short.mp4"], "fewer than the 17"),
+    (["data.video=nowhere.mp4"], "nowhere.mp4"),
+    (["data.source.depth=sparse"], "sparse depth comes of the estimate"),
+    (["data.source.moving=gone"], "source.moving=gone"),
+    (["training.rule=middle"], "training.rule=middle"),
+    (["lora.targets=[attn9]"], "lora.targets: attn9"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line(project, words, told):
+    short = project / "short"
+    short.mkdir(exist_ok=True)
+    make(short, frames=9)
+    for path in short.iterdir():
+        shutil.copy(path, project / path.name.replace("clip", "short"))
+    before = sorted((project / "runs").rglob("*"))
+    done = train(project, *SMALL, *words)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr.splitlines()[-1], done.stderr
+    assert sorted((project / "runs").rglob("*")) == before
+
+
+def test_the_study_runs_on_such_a_run(project, monkeypatch):
+    """benchmarks.warp_adapter on one clip: every arm makes a whole video, and the base is the adapter's."""
+    from benchmarks import warp_adapter
+    from vgr.data.video import Clip
+
+    c2w, shown, depth = __import__("test_one_video").walk(17)
+    k = np.tile(np.array([0.6, 0.8, 0.5, 0.5]), (17, 1))
+    clip = Clip(shown, c2w, k, 16.0, [{"start": 0, "end": 17, "caption": "a room"}], depth=depth)
+    monkeypatch.setattr(warp_adapter, "WINDOW", 17)
+    monkeypatch.chdir(project)
+    arms = warp_adapter.Arms(run_of(project), "cpu")
+    made = {arm: arms.make(arm, clip, 1) for arm in warp_adapter.ARMS}
+    assert {x.shape for x in made.values()} == {(17, 96, 128, 3)}
+    assert not np.array_equal(made["frozen"], made["zero-shot"])
+    assert not np.array_equal(made["LoRA"], made["LoRA, not aligned"])
+    seen = warp_adapter.seen_from_first(clip)
+    assert seen[0].all() and 0.5 < seen.mean() < 1
+    assert warp_adapter.measure(shown, clip, seen)["psnr_seen_db"] == float("inf")

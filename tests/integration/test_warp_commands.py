@@ -73,7 +73,8 @@ def test_merged_adapters_are_the_adapted_model_and_come_off_again(project):
     from vgr.types import TextStates
 
     cond = conditioning(1, first=6, frames=2)
-    cond = type(cond)(cond.layout, TextStates(torch.randn(1, 1, 6, merged.config["text_width"]), cond.text.mask), stage=0)
+    text = TextStates(torch.randn(1, 1, 6, merged.config["text_width"]), cond.text.mask)
+    cond = type(cond)(cond.layout, text, stage=0)
     x, t = torch.randn(1, 16, 2, 4, 4), torch.full((1, 2), 0.7)
     with torch.no_grad():
         torch.testing.assert_close(model(x, t, cond)[0], merged(x, t, cond)[0], rtol=1e-5, atol=1e-5)

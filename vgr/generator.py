@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from vgr.diffusion.rollout import Session
     from vgr.diffusion.samplers import FrameNoise
-    from vgr.types import Cameras, Conditioning, Denoiser, VideoBatch
+    from vgr.types import Cameras, Conditioning, Denoiser, HistoryBlock, VideoBatch
+
+    Evidence = Callable[[Conditioning, Tensor | None], tuple[HistoryBlock, ...]]
 
 METHODS = ("joint", "chunk_flow", "stream", "pyramid")
 
@@ -38,6 +40,8 @@ class Generator:
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
         self.plan: str | None = None
+        self.frozen = None  # the base of a warp adapter's run, which makes all that evidence is not shown to
+        self.evidence = record.get("evidence", {})  # how a warp adapter was trained to read warps
         self.tells_story: bool | None = record.get("story")  # None: a checkpoint that does not say
         self.refine: Callable[..., Iterator[Tensor]] | None = None  # latents on their way to the decoder
         # A student's times have its teacher's guidance trained in.
@@ -88,7 +92,10 @@ class Generator:
         data_info = {k: data[k] for k in ("train", "val") if k in data}
         generator = cls(parts, record, name, digest, data_info, sampling, device)
         generator.plan = plan
-        if known and sampling["method"] == "stream":
+        if "evidence" in record and "lora" in record:
+            base = rebuild(checkpoints.resolve(Path(record["lora"]["folder"], record["lora"]["base"])))["model"]
+            generator.frozen = base.to(device).eval()
+        if known and sampling["method"] in ("stream", "pyramid"):
             wanted = 1 + math.ceil(seconds * generator.fps / generator.stride) * generator.stride
             generator.max_frames = max(generator.max_frames, wanted)
         return generator
@@ -105,8 +112,13 @@ class Generator:
             own = [1.0, 0.0]
         return torch.tensor(own, dtype=torch.float64) if own else sigma_grid(steps, shift)
 
-    def session(self, seed: int, first_frame: np.ndarray | None = None, story: str = "") -> Session:
-        """A video to be directed shot by shot; first_frame (H,W,3) uint8; story: `Session`'s. Or ValueError."""
+    def session(
+        self, seed: int, first_frame: np.ndarray | None = None, story: str = "", evidence: Evidence | None = None
+    ) -> Session:
+        """A video to be directed shot by shot; first_frame (H,W,3) uint8; story, evidence: `Session`'s. Or ValueError.
+
+        With evidence a warp adapter's adapters make what is shown to them, its base all else.
+        """
         import torch
 
         from vgr.diffusion.guidance import guided
@@ -119,24 +131,35 @@ class Generator:
                 "train one with sampling.method=stream"
             )
         with torch.no_grad():
-            denoiser = guided(self.model, self.sampling["guidance"], self.text((("",),)))
-        denoiser, _ = self._streaming(denoiser, [seed])
+            args = self.sampling["guidance"], self.text((("",),))
+            denoiser = guided(self.model, *args)
+            base = denoiser if self.frozen is None else guided(self.frozen, *args)
+        denoiser, _ = self._streaming(denoiser, [seed], None if evidence is None else base)
         return Session(
             denoiser, self.codec, self.text, sigmas=self.sigmas, chunk=self.chunk, fps=self.fps, size_hw=self.size_hw,
             seed=seed, first_frame=None if first_frame is None else torch.from_numpy(first_frame),
             group_cameras=group_by_latent if self.takes_cameras else None, device=self.device,
             cut_prefix=self.sampling.get("cut_prefix"), renoise=self.sampling.get("renoise", False), story=story,
+            evidence=evidence,
         )  # fmt: skip
 
-    def _streaming(self, denoiser: Denoiser, seeds: list[int]) -> tuple[Denoiser, FrameNoise]:
-        """The denoiser, one of stages made to stream, and the noise it starts from, one video a seed."""
+    def _streaming(
+        self, denoiser: Denoiser, seeds: list[int], base: Denoiser | None = None
+    ) -> tuple[Denoiser, FrameNoise]:
+        """The denoiser, one of stages made to stream, and the noise it starts from, one video a seed.
+
+        base: makes what evidence is not shown to, where there is evidence.
+        """
         from vgr.diffusion.pyramid import Streamed
         from vgr.diffusion.samplers import frame_noise
+        from vgr.models.warp_adapter import where_shown, with_evidence
 
         height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
         noise = frame_noise(seeds, (self.codec.channels, height, width), self.device)
         if self.sampling["method"] == "pyramid":
-            denoiser = Streamed(denoiser, noise, (self.sampling["steps"],) * self.model.stages)
+            denoiser = Streamed(base or denoiser, noise, (self.sampling["steps"],) * self.model.stages, coarse=denoiser)
+        elif base is not None:
+            denoiser = with_evidence(where_shown(denoiser, base))
         return denoiser, noise
 
     def frames(self, seconds: float) -> int:

@@ -32,6 +32,10 @@ def main() -> None:
 
 def body(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4, side_by_side.mp4, cameras.npz and sample.json."""
+    import torch
+
+    from vgr import warped
+    from vgr.data.annotators import DepthModel
     from vgr.data.video import live_video
     from vgr.generator import Generator
 
@@ -56,6 +60,12 @@ def body(cfg: DictConfig) -> None:
         generator.refine = Refinement(cfg.refiner, generator.codec, generator.fps, streams, generator.device)
     cameras, shown = read_path(cfg, generator, file)
     first = None if cfg.first_frame is None else story.read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
+    warped.check(generator, first, cfg.depth, cfg.path, cfg.moving)
+    depth_of = None if cfg.depth is None else DepthModel(cfg.depth)
+    if cfg.unit == "depth":
+        if depth_of is None:
+            raise ValueError("unit=depth: lengths in median depths of the first frame want depth=<a depth network>")
+        cameras = warped.in_units_of_depth(cameras, torch.from_numpy(depth_of(first)[0]))
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")
     out.mkdir(parents=True, exist_ok=True)
@@ -65,14 +75,18 @@ def body(cfg: DictConfig) -> None:
     with command.progress(calls, "denoising") as done, live_video(
         out / "live.mp4", generator.size_hw, generator.fps
     ) as add:
-        videos, timings = generator(
-            first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1), lambda video: add(video[0])
-        )
+        if depth_of is not None:
+            args = (generator, first[0], cameras, cfg.prompt, cfg.seed, depth_of, cfg.moving, lambda _: done(1), add)
+            videos, timings = warped.follow(*args)[None], {}
+        else:
+            videos, timings = generator(
+                first, cameras, ((cfg.prompt,),), [cfg.seed], lambda _: done(1), lambda video: add(video[0])
+            )
     settings = {
         "checkpoint": generator.name, "weights": generator.weights_hash, "path": cfg.path, "actions": str(cfg.actions),
         "cameras": cfg.cameras, "scale": cfg.scale, "intrinsics": str(cfg.intrinsics), "prompt": cfg.prompt,
         "seed": cfg.seed, "fps": generator.fps, "sampling": generator.sampling, "first_frame": cfg.first_frame,
-        "refiner": cfg.refiner, "timings": timings,
+        "refiner": cfg.refiner, "depth": cfg.depth, "unit": cfg.unit, "moving": cfg.moving, "timings": timings,
     }  # fmt: skip
     write_sample(out, videos[0, drop:shown], cameras.frames(drop, shown), generator.fps, settings)
     print(out / "side_by_side.mp4")

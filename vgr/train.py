@@ -346,6 +346,7 @@ def generator_record(
         "format": 1,
         **({"lora": {**config["lora"], **base}} if cfg.lora.rank else {}),
         **{k: {"class": getattr(m, "stands_for", type(m).__name__), "config": m.config} for k, m in parts.items()},
+        **({"evidence": module.evidence} if hasattr(module, "evidence") else {}),
         "codec_fingerprint": codec.fingerprint,
         "fps": float(batch.fps[0]),
         "intrinsics": batch.cameras.intrinsics[0, 0].tolist(),

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,11 +14,15 @@ from small_training import make_project, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 sys.path.insert(0, str(Path(__file__).parent))
+from test_annotators import depth  # noqa: E402, F401
 from test_export import run as export  # noqa: E402
 from test_helios_training import SMALL as BASE  # noqa: E402
-from test_one_video import make  # noqa: E402
+from test_one_video import make, walk  # noqa: E402
+from test_sample import run as sample  # noqa: E402
 
+from vgr.data.annotators import DepthModel  # noqa: E402
 from vgr.data.shards import Shards  # noqa: E402
+from vgr.data.video import read_video  # noqa: E402
 from vgr.nn import lora  # noqa: E402
 from vgr.training import checkpoints, rebuild  # noqa: E402
 
@@ -114,14 +119,45 @@ def test_mistakes_end_in_one_line(project, words, told):
     assert sorted((project / "runs").rglob("*")) == before
 
 
+def test_a_path_is_followed_through_many_chunks(project, depth):  # noqa: F811
+    """Longer than trained, in units of depth, with a network's depth; adapters and the frozen base alike."""
+    cv2.imwrite(str(project / "small.png"), read_video(project / "clip.mp4")[0][0, :32, :32])
+    words = (f"depth={depth}", "unit=depth", "path=orbit", "distance=1", "angle_deg=15", "seconds=2")
+    for name, checkpoint, image in (("own", run_of(project), "clip.mp4"), ("zero-shot", "base", "small.png")):
+        code, told = sample(project, f"checkpoint={checkpoint}", f"out={name}", f"first_frame={image}", *words)
+        assert code == 0, told
+    cameras = np.load(project / "own" / "cameras.npz")
+    fps = float(cameras["fps"])
+    shapes = [read_video(project / name / "video.mp4")[0].shape for name in ("own", "zero-shot")]
+    assert shapes == [(1 + round(2 * fps), 96, 128, 3), (1 + round(2 * 8.0), 32, 32, 3)]
+    assert len(cameras["c2w"]) == shapes[0][0]
+    metres = DepthModel(depth)(read_video(project / "clip.mp4")[0][:1]).mean()
+    way = np.linalg.norm(cameras["c2w"][-1, :3, 3])
+    assert way == pytest.approx(2 * np.sin(np.radians(7.5)) * metres, rel=0.2)  # a chord at about the median depth
+
+
+@pytest.mark.parametrize("words, told", [
+    (["path=orbit"], "knows no cameras: give depth="),
+    (["path=static", "unit=depth", "first_frame=clip.mp4"], "unit=depth: lengths"),
+    (["path=orbit", "depth=DEPTH"], "give a first_frame to begin with"),
+    (["path=orbit", "depth=nowhere", "first_frame=clip.mp4"], "no local folder with config.json"),
+    (["path=orbit", "depth=DEPTH", "first_frame=clip.mp4", "moving=gone"], "moving=gone"),
+])  # fmt: skip
+def test_what_a_path_lacks_is_told(project, depth, words, told):  # noqa: F811
+    words = [word.replace("DEPTH", str(depth)) for word in words]
+    code, error = sample(project, f"checkpoint={run_of(project)}", "seconds=1", "out=never", *words)
+    assert code == 2 and told in error.splitlines()[-1], error
+    assert not (project / "never").exists()
+
+
 def test_the_study_runs_on_such_a_run(project, monkeypatch):
     """benchmarks.warp_adapter on one clip: every arm makes a whole video, and the base is the adapter's."""
     from benchmarks import warp_adapter
     from vgr.data.video import Clip
 
-    c2w, shown, depth = __import__("test_one_video").walk(17)
+    c2w, shown, maps = walk(17)
     k = np.tile(np.array([0.6, 0.8, 0.5, 0.5]), (17, 1))
-    clip = Clip(shown, c2w, k, 16.0, [{"start": 0, "end": 17, "caption": "a room"}], depth=depth)
+    clip = Clip(shown, c2w, k, 16.0, [{"start": 0, "end": 17, "caption": "a room"}], depth=maps)
     monkeypatch.setattr(warp_adapter, "WINDOW", 17)
     monkeypatch.chdir(project)
     arms = warp_adapter.Arms(run_of(project), "cpu")

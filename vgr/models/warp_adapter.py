@@ -23,6 +23,7 @@ from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layo
 # Depth (H,W) of an image (H,W,3) uint8, the raw frame of that number; 0 or not finite where nothing can be said.
 DepthOf = Callable[[Tensor, int], Tensor]
 RULES = ("area", "center")  # of `select_tokens`
+MOVING = ("keep", "drop", "carry")
 MAX_RESCALE = 10.0  # of a keyframe's depth, to that of the scene so far (2.1)
 _LOOK_BACK = 9  # frames before a chunk in which what moves is sought
 
@@ -107,6 +108,20 @@ def with_evidence(denoiser: Denoiser, evidence: Sequence[HistoryBlock] = (), fro
     return call
 
 
+def where_shown(adapted: Denoiser, frozen: Denoiser) -> Denoiser:
+    """The adapted model where a call has evidence, the frozen one elsewhere, and for all that is committed."""
+
+    def call(
+        x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, *, commit: bool = False
+    ) -> tuple[Tensor, Any]:
+        return (adapted if cond.history and not commit else frozen)(x, t, cond, state, commit=commit)
+
+    for name in ("new_state", "lean", "takes_history", "takes_cameras"):
+        if hasattr(frozen, name):
+            setattr(call, name, getattr(frozen, name))
+    return call
+
+
 def _latest(t: Tensor, layout: Layout) -> Tensor:
     """Of each frame the latest time (B,T) of the frames of its chunk and role."""
     together = (layout.chunk[:, None] == layout.chunk) & (layout.role[:, None] == layout.role)
@@ -152,8 +167,8 @@ class WarpEvidence:
     ) -> None:  # fmt: skip
         if keyframes < 1 or cameras.c2w.ndim != 4 or len(cameras.c2w) != 1:
             raise ValueError(f"keyframes={keyframes} with cameras {tuple(cameras.c2w.shape)}: at least 1, of one video")
-        if moving not in ("keep", "drop", "carry"):
-            raise ValueError(f"moving={moving}: choose keep, drop or carry")
+        if moving not in MOVING:
+            raise ValueError(f"moving={moving}: choose {', '.join(MOVING)}")
         if moving == "carry" and rules != "ours":
             raise ValueError("moving=carry is drawn by our rules; use rules=ours")
         self.cameras, self.depth_of, self.codec, self.seed = cameras, depth_of, codec, seed

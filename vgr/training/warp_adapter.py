@@ -56,7 +56,7 @@ class WarpAdapterTraining(WorldModelTraining):
         super().__init__(model, text, codec, **settings)
         if rule not in RULES or not 0 <= threshold <= 1:
             raise ValueError(f"training.rule={rule}, training.threshold={threshold}: {' or '.join(RULES)}, and 0 to 1")
-        self.codec_stride, self.threshold, self.rule = tuple(codec.stride), threshold, rule
+        self.codec_stride, self.evidence = tuple(codec.stride), {"threshold": threshold, "rule": rule}
 
     def _sample_losses(self, batch: VideoBatch) -> Tensor:
         captions, _ = dropped(batch, self.seed, self.text_dropout, 0.0)
@@ -77,9 +77,8 @@ class WarpAdapterTraining(WorldModelTraining):
         seeds = [derive_seed(self.seed, "evidence", p) for p in positions.tolist()]
         at = torch.arange(a, b, device=batch.latents.device)
         return evidence_block(
-            batch.warp.latents[:, :, a:b], visible, at, seeds, stride=self.codec_stride, threshold=self.threshold,
-            rule=self.rule,
-        )  # fmt: skip
+            batch.warp.latents[:, :, a:b], visible, at, seeds, stride=self.codec_stride, **self.evidence
+        )
 
     @staticmethod
     def _losses(model: nn.Module, noised: Noised, cond: Conditioning, *evidence: HistoryBlock) -> Tensor:

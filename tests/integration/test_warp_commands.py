@@ -102,7 +102,7 @@ def test_adapters_leave_in_pefts_form(project):
     (["data.video=short.mp4"], "fewer than the 17"),
     (["data.video=nowhere.mp4"], "nowhere.mp4"),
     (["data.source.depth=sparse"], "sparse depth comes of the estimate"),
-    (["data.source.moving=gone"], "source.moving=gone"),
+    (["data.source.moving=gone"], "data.source.moving=gone"),
     (["training.rule=middle"], "training.rule=middle"),
     (["lora.targets=[attn9]"], "lora.targets: attn9"),
 ])  # fmt: skip

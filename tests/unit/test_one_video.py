@@ -107,12 +107,12 @@ def test_shards_bring_warps_back(room, tmp_path):
     (dict(make=dict(cameras=lambda c: c @ np.diag([1.0, -1, -1, 1]))), "they would, "),
     (dict(frames=24), "frames must be 1 \\+ n x 4"),
     (dict(depth="sparse"), "sparse depth comes of the estimate"),
-    (dict(size_hw=(48, 64)), "the video's frames at source.fps and source.size_hw are"),
+    (dict(size_hw=(48, 64)), "the video's frames at data.source.fps and size_hw are"),
 ])  # fmt: skip
 def test_what_cannot_serve_is_told(tmp_path, what, words):
     video, _ = make(tmp_path, **what.get("make", {}))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        OneVideo(video, **{**WINDOW, **{k: v for k, v in what.items() if k != "make"}})
+        OneVideo(video, **{**WINDOW, **{k: v for k, v in what.items() if k != "make"}}).read()
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -123,7 +123,7 @@ def test_depth_that_says_nothing_or_is_of_other_frames(tmp_path, spoil, words):
     depth = np.load(tmp_path / "clip.depth.npz")["depth"]
     np.savez(tmp_path / "clip.depth.npz", depth=spoil(depth))
     with pytest.raises(ValueError, match=words):
-        OneVideo(video, **WINDOW)
+        OneVideo(video, **WINDOW).read()
 
 
 def test_a_cut_is_named(tmp_path):
@@ -131,4 +131,4 @@ def test_a_cut_is_named(tmp_path):
     shown[22:] = 255 - shown[22:][:, ::-1]
     write_video(tmp_path / "clip.mp4", shown, FPS, crf=4)
     with pytest.raises(ValueError, match="cuts at 1.3"):
-        OneVideo(video, **WINDOW)
+        OneVideo(video, **WINDOW).read()

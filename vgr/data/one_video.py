@@ -78,8 +78,8 @@ class OneVideo:
     the video as in a folder of videos, or "estimate". depth: "sparse", from the points of the estimate, "files", an
     array `depth` (F,h,w) in <name>.depth.npz in the unit of the cameras, or the folder of a network. moving: "drop"
     what moves on its own from the warps, or "keep" it where it stood, as published. Both splits are of
-    the one video, with other draws. ValueError says why a video cannot serve: too short, cut, without parallax,
-    poses of other frames or another convention, depth of another size or without a pixel.
+    the one video, with other draws. `read`, or the first `capture`, says by ValueError why a video cannot serve: too
+    short, cut, without parallax, poses of other frames or another convention, depth of another size or without a pixel.
     """
 
     def __init__(self, video: str, frames: int, size_hw: tuple[int, int], fps: float, chunk: int, stride: int,
@@ -91,18 +91,24 @@ class OneVideo:
         self.moving, self.reverse, self.licence, self.clips_per_visit = moving, reverse, licence, 1
         self.splits: dict[str, Any] = {"train": [Path(video).name], "val": [Path(video).name]}
         if (frames - 1) % stride or (frames - 1) // stride < chunk or not 0 <= reverse <= 1:
-            raise ValueError(f"source.frames={frames}, source.reverse={reverse}: frames must be 1 + n x {stride}, at "
-                             f"least {1 + chunk * stride}, and the share 0 to 1")
+            raise ValueError(f"data.source.frames={frames}, data.source.reverse={reverse}: frames must be 1 + n x "
+                             f"{stride}, at least {1 + chunk * stride}, and the share 0 to 1")
         if moving not in ("drop", "keep"):
-            raise ValueError(f"source.moving={moving}: drop what moves on its own from the warps, or keep it there")
+            raise ValueError(f"data.source.moving={moving}: drop what moves on its own from the warps, or keep it")
         if cameras not in ("files", "estimate") or (depth == "sparse" and cameras == "files"):
-            raise ValueError(f"source.cameras={cameras}, source.depth={depth}: cameras are files or estimate; sparse "
-                             "depth comes of the estimate, beside files give depth=files or a network's folder")
-        self._known = self._read()
+            raise ValueError(f"data.source.cameras={cameras}, data.source.depth={depth}: files or estimate, and "
+                             "sparse depth comes of the estimate, beside files give depth=files or a network's folder")
+        self.bytes = Path(video).stat().st_size  # another video under the same name has another
+        self._known: Known | None = None
+
+    def read(self) -> Known:
+        """The video, its cameras and depth, estimated where they are to be: seconds to minutes, once."""
+        self._known = self._known or self._read()
+        return self._known
 
     def capture(self, seed: int, split: str, visit: int) -> list[Clip]:
         """The window of one visit: a pure function of (seed, split, visit)."""
-        known, rng = self._known, numpy_generator(seed, "one-video", split, visit)
+        known, rng = self.read(), numpy_generator(seed, "one-video", split, visit)
         start = int(rng.integers(len(known.frames) - self.frames + 1))
         at = np.arange(start, start + self.frames)
         at = at[::-1] if rng.random() < self.reverse else at
@@ -145,7 +151,7 @@ class OneVideo:
 
         found = [(x.index, x.time_s, x.rgb(self.size_hw)) for _, x in at_rate(decoded(), self.fps)]
         if len(found) < self.frames:
-            raise ValueError(f"source.video={path}: {len(found)} frames at {self.fps:g} a second, fewer than the "
+            raise ValueError(f"data.video={path}: {len(found)} frames at {self.fps:g} a second, fewer than the "
                              f"{self.frames} of a window; give a longer video, a higher fps or fewer frames")
         indices, times, frames = (np.array(x) for x in zip(*found))
         for frame in frames:
@@ -153,7 +159,7 @@ class OneVideo:
         meter.done()
         if meter.cuts:
             at = ", ".join(f"{times[c]:.2f}" for c in meter.cuts[:5])
-            raise ValueError(f"source.video={path}: cuts at {at} s; give one shot, for example by ffmpeg -ss and -t")
+            raise ValueError(f"data.video={path}: cuts at {at} s; give one shot, for example by ffmpeg -ss and -t")
         points = np.zeros((0, 3))
         if self.cameras == "files":
             c2w, k = self._from_files(path, last + 1, indices, times)
@@ -162,7 +168,7 @@ class OneVideo:
         cameras = Cameras(torch.from_numpy(c2w)[None], torch.from_numpy(k)[None])
         check_cameras(cameras, self.fps, self.size_hw)
         if check_convention(frames, cameras).verdict != "agrees":
-            raise ValueError(f"source.video={path}: the camera hardly moves from its place, so that no warp tells near "
+            raise ValueError(f"data.video={path}: the camera hardly moves from its place, so that no warp tells near "
                              "from far; give a video with parallax")
         depth = self._depth(path, frames, c2w, k, points)
         if self.moving == "drop":
@@ -178,7 +184,7 @@ class OneVideo:
         c2w, k = poses_at(camera_file(path, shown_hw), count, indices, times - times[0])
         if bool(k.isnan().any()):
             if self.hfov_deg is None:
-                raise ValueError(f"the poses of {path.name} come without intrinsics; give source.hfov_deg")
+                raise ValueError(f"the poses of {path.name} come without intrinsics; give data.source.hfov_deg")
             k = from_fov(self.hfov_deg, shown_hw[1] / shown_hw[0], torch.float64).repeat(len(times), 1)
         scaled, (top, left) = fitted(shown_hw, self.size_hw)
         return c2w.numpy(), crop_intrinsics(k, scaled, (top, left, *self.size_hw)).numpy()
@@ -194,7 +200,7 @@ class OneVideo:
         if found.reason or found.motion != "structure" or lost:
             why = found.reason or (f"{lost} of {len(at)} frames could not be placed" if lost else
                                    "it only turns, and turning shows no depth")  # fmt: skip
-            raise ValueError(f"source.video={self.video} cannot be reconstructed: {why} (registered "
+            raise ValueError(f"data.video={self.video} cannot be reconstructed: {why} (registered "
                              f"{found.registered:.0%}, {len(found.points)} points, confidence {found.confidence:.2f}); "
                              "give poses and depth as files, or a video with more texture, light or parallax")
         c2w = interpolate(torch.from_numpy(found.c2w), torch.from_numpy(at), torch.arange(count)).numpy()
@@ -211,7 +217,7 @@ class OneVideo:
         wanted = (len(frames), *self.size_hw)
         if depth is None or depth.shape != wanted:
             told = "no array depth" if depth is None else f"depth {depth.shape}"
-            raise ValueError(f"{file}: {told}, but the video's frames at source.fps and source.size_hw are {wanted}")
+            raise ValueError(f"{file}: {told}, but the video's frames at data.source.fps and size_hw are {wanted}")
         usable = (np.isfinite(depth) & (depth > 0)).any((1, 2))
         if not usable.all():
             raise ValueError(f"{file}: frame {int((~usable).argmax())} has no depth that is finite and above 0")

@@ -83,6 +83,8 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
         progress(clips)
         _note_round_trip(Path(folder), samples_per_shard)
         return 0
+    if hasattr(source, "read"):  # what cannot be read leaves no folder, and is read once for all workers
+        source.read()
     with ShardWriter(folder, type(codec).__name__, codec.fingerprint, tuple(codec.stride), codec.channels,
                      source.size_hw, source.fps, source.licence, samples_per_shard, extra, part is None) as writer:
         sizes = [min(samples_per_shard, clips - at) for at in range(0, clips, samples_per_shard)]

@@ -325,7 +325,8 @@ def test_guidance_shows_it_to_both(clips):
         _, states = both(noisy[:, :, :4], t[:, :4], part, both.new_state())
         assert all(state.told is not None for state in states)
         forced, _ = teacher_forced(both, x)(noisy, t, showing(cond, block))
-        close(forced, v, 1e-6)
+        # Packed and streamed differ by 1e-6 of each branch, of which guidance takes three times one and two the other.
+        assert (forced - v).abs().max() <= 1e-6 * (3 * own.abs().max() + 2 * other.abs().max())
 
 
 def test_evidence_is_for_noisy_steps(clips):

@@ -133,3 +133,13 @@ def test_both_models_follow_evidence_through_a_session(kind):
         made.append(torch.cat(list(session.frames())))
     assert made[0].shape == (25, 96, 128, 3) and torch.equal(made[0][0], made[1][0])
     assert (made[0][1:].float() - made[1][1:].float()).abs().mean(dim=(1, 2, 3)).min() > 0.01
+
+
+@pytest.mark.parametrize("moving", ["drop", "carry"])
+def test_where_all_that_is_known_moves_a_keyframe_still_shows_it(moving, monkeypatch):
+    """A mask of everything, as of a scene that turns over: the plain warp is left, not an error."""
+    monkeypatch.setattr(warp_adapter, "moving_mask", lambda frames, *_: np.ones(frames.shape[:3], bool))
+    cameras, shown, depth = path(25)
+    evidence = WarpEvidence(cameras, lambda image, frame: depth[frame], CODEC, seed=1, moving=moving)
+    made, denoiser = rolled(evidence, shown[0], 1.5)
+    assert len(made) == 25 and all(bool(block.keep.any()) for block in denoiser.seen)

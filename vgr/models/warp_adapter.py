@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,6 +149,12 @@ class _Keyframe:
     depth: Tensor
 
 
+def _still(depth: Tensor, mask_HW: np.ndarray) -> Tensor:
+    """Depth without what moves; all of it where nothing else is known, as a keyframe has to show something."""
+    still = torch.where(torch.from_numpy(mask_HW), 0, depth)
+    return still if bool(known_depth(still).any()) else depth
+
+
 class WarpEvidence:
     """Called with a chunk's conditioning and the raw frames before it, gives the chunk's evidence (2.3, 4.1).
 
@@ -194,7 +201,8 @@ class WarpEvidence:
             found = warp(newest, *way, rules=self.rules, atlas=self.atlas)
         video, visible = chunk_video(found, newest.images[0], begins=begins)
         if things:  # from here on only what stands still serves
-            self._kept[-1] = self._without(self._kept[-1], things)
+            mask = np.any([thing.mask for thing in things], axis=0)
+            self._kept[-1] = replace(self._kept[-1], depth=_still(self._kept[-1].depth, mask))
         latents = self.codec.encode(video[None].to(position.device))[:, :, 0 if begins else 1 :]
         shown = visible[None, 0 if begins else stride - 1 :]  # from the first latent frame's last raw frame on
         return (evidence_block(latents, shown, position, [self.seed], stride=self.codec.stride, **self.select),)
@@ -214,8 +222,8 @@ class WarpEvidence:
             mask = moving_mask(*shot)[-1]
             if self.moving == "carry":
                 things = own_motion(*shot, mask)
-            elif not mask.all():
-                depth = torch.where(torch.from_numpy(mask), 0, depth)
+            else:
+                depth = _still(depth, mask)
         self._kept.append(_Keyframe(last, picture, depth * scale))
         if len(self._kept) > self.keyframes + 1:
             del self._kept[1]
@@ -231,12 +239,6 @@ class WarpEvidence:
         if not bool(both.any()):
             return 1.0
         return float((seen.depth[0][both] / depth[both]).median().clamp(1 / MAX_RESCALE, MAX_RESCALE))
-
-    @staticmethod
-    def _without(kept: _Keyframe, things: list[Moving]) -> _Keyframe:
-        mask = torch.from_numpy(sum(thing.mask for thing in things) > 0)
-        depth = torch.where(mask, 0, kept.depth)
-        return _Keyframe(kept.frame, kept.image, depth if bool(known_depth(depth).any()) else kept.depth)
 
     def _geometry(self, kept: list[_Keyframe]) -> Keyframes:
         at = [one.frame for one in kept]

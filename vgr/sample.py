@@ -62,9 +62,9 @@ def body(cfg: DictConfig) -> None:
     first = None if cfg.first_frame is None else story.read_first_frame(Path(cfg.first_frame), generator.size_hw)[None]
     warped.check(generator, first, cfg.depth, cfg.path, cfg.moving)
     depth_of = None if cfg.depth is None else DepthModel(cfg.depth)
+    if cfg.unit not in ("metres", "depth") or (cfg.unit == "depth" and depth_of is None):
+        raise ValueError(f"unit={cfg.unit}: metres, or depth, the first frame's median, with depth=<a depth network>")
     if cfg.unit == "depth":
-        if depth_of is None:
-            raise ValueError("unit=depth: lengths in median depths of the first frame want depth=<a depth network>")
         cameras = warped.in_units_of_depth(cameras, torch.from_numpy(depth_of(first)[0]))
     name = cfg.path or (Path(cfg.cameras).stem if cfg.cameras else "actions")
     out = Path(cfg.out or Path("runs/samples") / f"{name}_{shown / generator.fps:.1f}s_seed{cfg.seed}")

@@ -138,7 +138,8 @@ def test_a_path_is_followed_through_many_chunks(project, depth):  # noqa: F811
 
 @pytest.mark.parametrize("words, told", [
     (["path=orbit"], "knows no cameras: give depth="),
-    (["path=static", "unit=depth", "first_frame=clip.mp4"], "unit=depth: lengths"),
+    (["path=static", "unit=depth", "first_frame=clip.mp4"], "unit=depth: metres, or depth"),
+    (["path=static", "unit=feet", "first_frame=clip.mp4"], "unit=feet: metres, or depth"),
     (["path=orbit", "depth=DEPTH"], "give a first_frame to begin with"),
     (["path=orbit", "depth=nowhere", "first_frame=clip.mp4"], "no local folder with config.json"),
     (["path=orbit", "depth=DEPTH", "first_frame=clip.mp4", "moving=gone"], "moving=gone"),

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.speed import metric_cases
 from benchmarks.speed.metrics import compare, long_video
 from benchmarks.speed.training_step import measure
+from benchmarks.speed.warp import judge as judge_warp
 from benchmarks.speed.warp import measure as measure_warp
 
 SETTINGS = {"device": "cpu", "scan": "torch", "attention": "torch", "compile": False, "repeats": 1}
@@ -76,3 +77,12 @@ def test_warps_are_timed_in_turn_and_told_how_right_they_are(capsys):
     ours, points, published = (row["visibility_right_percent"] for row in rows[:3])
     assert ours > 97 and ours > points and ours > published
     assert rows[0]["psnr_db"] > max(row["psnr_db"] for row in rows[1:3])
+
+
+def test_rooms_in_which_a_warp_is_wrong_are_named(capsys):
+    """Rising over the box top of room 0 is what no single frame knows how to draw; turning is right everywhere."""
+    rows = {row["move"]: row for row in judge_warp((192, 320), 1)}
+    told = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(told) == 8
+    assert rows["pedestal +1"]["visibility_right_percent"][0] < 99 < rows["pan"]["visibility_right_percent"][0]
+    assert [line.split("  ")[0].strip() for line in told if "below 99 % in rooms [0]" in line][0].startswith("pedestal")

@@ -68,10 +68,7 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
     where the codec stands on a GPU. Raises ValueError where source and codec do not fit or the folder holds something
     else, OSError where the disk is full.
     """
-    t, h, w = codec.stride
-    if (source.frames - 1) % t or source.size_hw[0] % h or source.size_hw[1] % w:
-        raise ValueError(f"source.frames={source.frames}, source.size_hw={list(source.size_hw)} do not fit a codec of "
-                         f"stride {[t, h, w]}: frames must be 1 + n x {t}, height a multiple of {h}, width of {w}")
+    _refuse_misfit(source, codec)
     keep_video = keep_video or split == "val"
     extra = {"source": type(source).__name__, "split": split, "seed": seed, "frames": source.frames,
              "places": list(source.splits[split]), "video": keep_video,
@@ -113,6 +110,13 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
     if part is None:
         _note_round_trip(Path(folder), samples_per_shard)
     return len(numbers)
+
+
+def _refuse_misfit(source: Source, codec: Codec) -> None:
+    t, h, w = codec.stride
+    if (source.frames - 1) % t or source.size_hw[0] % h or source.size_hw[1] % w:
+        raise ValueError(f"source.frames={source.frames}, source.size_hw={list(source.size_hw)} do not fit a codec of "
+                         f"stride {[t, h, w]}: frames must be 1 + n x {t}, height a multiple of {h}, width of {w}")
 
 
 def _note_round_trip(folder: Path, every: int) -> None:

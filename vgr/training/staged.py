@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +12,7 @@ from vgr.diffusion import flow
 from vgr.diffusion.pyramid import Stages, pyramid_at
 from vgr.seeding import normal_like
 from vgr.training.conditioning import conditioning
-from vgr.training.validation import Validation
+from vgr.training.validation import Validation, told_gain
 from vgr.training.world_model import WorldModelTraining
 from vgr.types import Conditioning, VideoBatch
 
@@ -31,11 +29,8 @@ class HistoryValidation(Validation):
         values |= {f"val/loss_stage{k}": float(x) for k, x in enumerate(self.loss_N3S[:, 0].mean(0))}
         own, *others = self.loss_N3S.mean(2).unbind(1)
         for name, loss in zip(("shuffled", "no"), others):
-            gain = loss - own
-            mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
             values[f"val/loss_{name}_history"] = float(loss.mean())
-            for end, k in (("", 0), ("_low", -1), ("_high", 1)):
-                values[f"val/gain_over_{name}_history{end}"] = mean + half * k
+            values |= told_gain(f"val/gain_over_{name}_history", loss - own)
         return values
 
 
@@ -50,8 +45,7 @@ class StagedTraining(WorldModelTraining):
         for less than two clips.
         """
         self.ema.eval()
-        ratio = inspect.signature(self.objective).parameters["ratio"].default
-        stages, clips = Stages(len(ratio)), torch.cat([batch.latents for batch in batches])
+        stages, clips = Stages(self.model.stages), torch.cat([batch.latents for batch in batches])
         if len(clips) < 2:
             raise ValueError(f"validation compares history between clips and needs at least 2, got {len(clips)}")
         others, losses, start = clips.roll(len(clips) // 2, 0), [], 0

@@ -18,6 +18,12 @@ from vgr.training.conditioning import conditioning
 from vgr.types import Cameras, Conditioning, Denoiser, Layout, TextEncoder, VideoBatch
 
 
+def told_gain(name: str, gain_N: Tensor) -> dict[str, float]:
+    """`name`, its mean over N clips, and _low and _high, the normal 95 % interval of a mean of paired differences."""
+    mean, half = float(gain_N.mean()), 1.96 * float(gain_N.std()) / math.sqrt(len(gain_N))
+    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+
+
 @dataclasses.dataclass(frozen=True)
 class Validation:
     """Losses of N held-out clips at L noise levels: with their own cameras and, if it has any, another clip's."""
@@ -37,16 +43,8 @@ class Validation:
         values = {"val/loss": float(self.own_NL.mean()), **values, "val/clips": len(self.keys)}
         if self.shuffled_NL is None:
             return values
-        gain_N = (self.shuffled_NL - self.own_NL).mean(1)
-        half = 1.96 * float(gain_N.std()) / math.sqrt(len(gain_N))
-        gain = float(gain_N.mean())
-        return {
-            **values,
-            "val/loss_shuffled_camera": float(self.shuffled_NL.mean()),
-            "val/camera_gain": gain,
-            "val/camera_gain_low": gain - half,
-            "val/camera_gain_high": gain + half,
-        }
+        gain = told_gain("val/camera_gain", (self.shuffled_NL - self.own_NL).mean(1))
+        return {**values, "val/loss_shuffled_camera": float(self.shuffled_NL.mean()), **gain}
 
 
 @torch.no_grad()
@@ -122,8 +120,7 @@ class PairValidation(Validation):
         for name, column in (("stage1", stage1), ("refined", refined), ("other_stage1", other)):
             values[f"val/distance_{name}"] = float(column.mean())
         for name, gain in (("over_stage1", stage1 - refined), ("over_other_stage1", other - refined)):
-            mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
-            values |= {f"val/gain_{name}{end}": mean + half * k for end, k in (("", 0), ("_low", -1), ("_high", 1))}
+            values |= told_gain(f"val/gain_{name}", gain)
         return values
 
 

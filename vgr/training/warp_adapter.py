@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from vgr.models.warp_adapter import RULES, evidence_block
 from vgr.nn import lora
 from vgr.seeding import derive_seed
 from vgr.training.conditioning import conditioning, dropped
-from vgr.training.validation import Validation
+from vgr.training.validation import Validation, told_gain
 from vgr.training.world_model import WorldModelTraining
 from vgr.types import Codec, Conditioning, HistoryBlock, VideoBatch
 
@@ -34,10 +33,8 @@ class WarpValidation(Validation):
         values = super().metrics()
         frozen, zero_shot, adapted = self.loss_N3.unbind(1)
         for name, loss in (("frozen", frozen), ("zero_shot", zero_shot)):
-            gain, key = loss - adapted, f"val/gain_over_{name}"
-            mean, half = float(gain.mean()), 1.96 * float(gain.std()) / math.sqrt(len(gain))
             values[f"val/loss_{name}"] = float(loss.mean())
-            values |= {key + end: mean + half * k for end, k in (("", 0), ("_low", -1), ("_high", 1))}
+            values |= told_gain(f"val/gain_over_{name}", loss - adapted)
         return values
 
 

@@ -48,10 +48,9 @@ def main() -> None:
 
 def body(cfg: DictConfig) -> None:
     """The command: conf/bench.yaml -> a set, results.json, videos.jsonl and report.html."""
-    from hydra.utils import instantiate
-
     from vgr.data.shards import Shards
     from vgr.report.sets import open_set
+    from vgr.training import tracking
 
     if cfg.compare is not None:
         print(_compare(cfg))
@@ -84,8 +83,8 @@ def body(cfg: DictConfig) -> None:
         out = Path(cfg.out or Path("runs/bench") / videos.folder.resolve().name / protocol["name"])
     shards = Shards(data) if data else None
     told = {"protocol": protocol, "checkpoint": cfg.checkpoint, "videos": cfg.videos}
-    logger = instantiate(cfg.logger, _partial_=True) if cfg.logger and cfg.part is None else None
-    run = logger(out, told, job="evaluate", step="time_s") if logger else None
+    asked = tracking.asked(cfg.logger) and cfg.part is None
+    run = tracking.start_wandb(out, told, **cfg.wandb, job="evaluate", step="time_s") if asked else None
     page = bench(
         protocol, out, generator=generator, videos=videos, shards=shards, requests=requests, run_dir=run_dir,
         batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights, statistics=statistics, device=device,

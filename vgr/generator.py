@@ -40,7 +40,8 @@ class Generator:
         self.intrinsics = record["intrinsics"]
         self.stride = self.codec.stride[0]
         self.plan: str | None = None
-        self.frozen = None  # the base of a warp adapter's run, which makes all that evidence is not shown to
+        # The base of a warp adapter's run, which makes all that evidence is not shown to.
+        self.frozen: Denoiser | None = None
         self.evidence = record.get("evidence", {})  # how a warp adapter was trained to read warps
         self.tells_story: bool | None = record.get("story")  # None: a checkpoint that does not say
         self.refine: Callable[..., Iterator[Tensor]] | None = None  # latents on their way to the decoder
@@ -52,6 +53,11 @@ class Generator:
         if self.chunk is None and sampling["method"] != "joint":
             raise ValueError(
                 f"sampling.method={sampling['method']} needs a chunk-causal model; {name} is bidirectional: use joint"
+            )
+        if self.codec.clip is not None and (sampling["method"] != "pyramid" or self.codec.clip != self.chunk):
+            raise ValueError(
+                f"codec.clip={self.codec.clip} is for method pyramid and chunks as long, not {sampling['method']} in "
+                f"chunks of {self.chunk}"
             )
 
     @classmethod
@@ -68,6 +74,7 @@ class Generator:
         """
         import torch
 
+        from vgr.models.warp_adapter import without_adapters
         from vgr.training import budget, checkpoints
         from vgr.training.rebuild import rebuild
 
@@ -86,19 +93,30 @@ class Generator:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         known = seconds is not None and math.isfinite(seconds)
         plan = budget.of_video(budget.with_memory(record, memory), sampling, seconds, device) if known else None
-        parts, digest = rebuild(folder, memory), checkpoints.weights_hash(folder, "ema")
+        apart = "evidence" in record and "lora" in record
+        parts, digest = rebuild(folder, memory, merged=not apart), checkpoints.weights_hash(folder, "ema")
         data = checkpoints.read_state(folder)["config"]["data"]
         name = "/".join(p for p in folder.parts[-4:] if p != "checkpoints")
         data_info = {k: data[k] for k in ("train", "val") if k in data}
         generator = cls(parts, record, name, digest, data_info, sampling, device)
         generator.plan = plan
-        if "evidence" in record and "lora" in record:
-            base = rebuild(checkpoints.resolve(Path(record["lora"]["folder"], record["lora"]["base"])))["model"]
-            generator.frozen = base.to(device).eval()
-        if known and sampling["method"] in ("stream", "pyramid"):
-            wanted = 1 + math.ceil(seconds * generator.fps / generator.stride) * generator.stride
-            generator.max_frames = max(generator.max_frames, wanted)
+        if apart:
+            generator.frozen = without_adapters(generator.model)
+        if known:
+            generator.reach(seconds)
         return generator
+
+    def reach(self, seconds: float) -> None:
+        """Takes as long a video, whatever it was trained on, if it streams."""
+        if self.sampling["method"] in ("stream", "pyramid"):
+            self.max_frames = max(self.max_frames, self.whole(1 + math.ceil(seconds * self.fps)))
+
+    def whole(self, frames: int) -> int:
+        """Raw frames of the fewest latent frames, in whole clips where the codec has such, that hold so many."""
+        from vgr.types import latents_holding, raw_frames
+
+        clip = self.codec.clip
+        return raw_frames(latents_holding(frames, self.stride, clip), self.stride, clip)
 
     @property
     def sigmas(self) -> Tensor:
@@ -140,8 +158,13 @@ class Generator:
             seed=seed, first_frame=None if first_frame is None else torch.from_numpy(first_frame),
             group_cameras=group_by_latent if self.takes_cameras else None, device=self.device,
             cut_prefix=self.sampling.get("cut_prefix"), renoise=self.sampling.get("renoise", False), story=story,
-            evidence=evidence,
+            evidence=evidence, image_noise=self._staged()[0],
         )  # fmt: skip
+
+    def _staged(self) -> tuple[tuple[float, float], dict[str, Any]]:
+        """Of a pyramid: what noise an image gets that a video goes on from, and settings of `Streamed`."""
+        staged = dict(self.sampling.get("staged") or {})
+        return tuple(staged.pop("image_noise", (0.0, 0.0))), staged
 
     def _streaming(
         self, denoiser: Denoiser, seeds: list[int], base: Denoiser | None = None
@@ -157,15 +180,15 @@ class Generator:
         height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
         noise = frame_noise(seeds, (self.codec.channels, height, width), self.device)
         if self.sampling["method"] == "pyramid":
-            denoiser = Streamed(base or denoiser, noise, (self.sampling["steps"],) * self.model.stages, coarse=denoiser)
+            steps = (self.sampling["steps"],) * self.model.stages
+            denoiser = Streamed(base or denoiser, noise, steps, coarse=denoiser, **self._staged()[1])
         elif base is not None:
-            denoiser = with_evidence(where_shown(denoiser, base))
+            denoiser = with_evidence(where_shown(denoiser, base), from_time=self.sampling.get("from_time", 0.74))
         return denoiser, noise
 
     def frames(self, seconds: float) -> int:
         """Raw frames covering `seconds`, of a length the codec takes; ValueError beyond the model's length."""
-        wanted = max(1, round(seconds * self.fps))
-        frames = 1 + -(-wanted // self.stride) * self.stride
+        frames = self.whole(1 + max(1, round(seconds * self.fps)))
         if frames > self.max_frames or seconds <= 0:
             longest = (self.max_frames - 1) / self.fps
             raise ValueError(
@@ -179,11 +202,16 @@ class Generator:
         from vgr.diffusion.samplers import chunk_bounds
         from vgr.types import Layout
 
-        latents, steps = self.codec.latent_frames(frames), len(self.sampling["sigmas"] or ()) - 1
+        latents, steps = self._latents(frames), len(self.sampling["sigmas"] or ()) - 1
         steps = self.sampling["steps"] if steps < 0 else steps
-        chunks = len(chunk_bounds(Layout.chunked(1, latents, self.chunk or latents)))
+        clips = self.codec.clip is not None
+        chunks = len(chunk_bounds(Layout.chunked(1, latents, self.chunk or latents, clips=clips)))
         once = {"joint": steps, "chunk_flow": int((chunks - 1) * steps / chunks) + steps}
         return once.get(self.sampling["method"], chunks)
+
+    def _latents(self, frames: int) -> int:
+        """Latent frames of a video: just its own, or those of whole clips, of which the end is cut off."""
+        return self.codec.latent_frames(frames if self.codec.clip is None else self.whole(frames))
 
     def __call__(
         self,
@@ -213,15 +241,17 @@ class Generator:
         start, stages = time.perf_counter(), frame_rate.Stages(self.device)
         batch, frames = cameras.c2w.shape[:2]
         if shot is None:
-            shot = torch.zeros(batch, self.codec.latent_frames(frames), dtype=torch.int64)
+            shot = torch.zeros(batch, self._latents(frames), dtype=torch.int64)
         pieces: list[np.ndarray] = []
         first_at = start
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             args = (cameras.to(self.device), shot.to(self.device), self.stride, self.chunk)
-            cond = conditioning(self.text, captions, *args, self.sampling.get("cut_prefix"), cuts)
+            cond = conditioning(
+                self.text, captions, *args, self.sampling.get("cut_prefix"), cuts, self.codec.clip is not None
+            )
             null = self.text(tuple(("",) * len(row) for row in captions))
             stages.mark("text")
-            first = None if first_frames is None else self._encode(first_frames)
+            first = None if first_frames is None else self._encode(first_frames, seeds)
             stages.mark("encode")
             denoiser = guidance.guided(self.model, self.sampling["guidance"], null)
             decode = self.codec.stream()
@@ -237,10 +267,10 @@ class Generator:
                 stages.mark("decode")
         timings = {"first_frame_s": first_at - start, "total_s": time.perf_counter() - start, "frames": frames}
         timings |= {f"{stage}_s": seconds for stage, seconds in stages.seconds().items()}
-        return np.concatenate(pieces, axis=1), timings
+        return np.concatenate(pieces, axis=1)[:, :frames], timings
 
     def _denoise(
-        self, denoiser: Denoiser, cond: Conditioning, seeds: list[int], first: Tensor | None,
+        self, denoiser: Denoiser, cond: Conditioning, seeds: list[int], first: Tensor | tuple[Tensor, Tensor] | None,
         progress: Callable[[int], None] | None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Latents by the checkpoint's method, at once or chunk by chunk; `progress` hears of each step or chunk."""
@@ -254,7 +284,9 @@ class Generator:
         if self.sampling["method"] in ("stream", "pyramid"):
             denoiser, noise = self._streaming(denoiser, seeds)
             renoise = self.sampling.get("renoise", False)
-            chunks = rollout.stream(denoiser, denoiser.new_state(), cond, sigmas, noise, first, renoise=renoise)
+            begun = isinstance(first, tuple)
+            state, first = denoiser.new_state(*(first if begun else ())), None if begun else first
+            chunks = rollout.stream(denoiser, state, cond, sigmas, noise, first, renoise=renoise)
             for i, (latents, _) in enumerate(chunks):
                 if progress is not None:
                     progress(i)
@@ -265,12 +297,17 @@ class Generator:
         solve = samplers.euler if self.sampling["method"] == "joint" else samplers.chunk_flow_euler
         yield solve(denoiser, noise.to(self.device), cond, sigmas, first, progress)
 
-    def _encode(self, images: np.ndarray) -> Tensor:
+    def _encode(self, images: np.ndarray, seeds: list[int]) -> Tensor | tuple[Tensor, Tensor]:
+        """Images (B,H,W,3) as first latent frames or, where the codec has clips, as what these go on from."""
         import torch
 
-        video = torch.from_numpy(images).permute(0, 3, 1, 2).unsqueeze(2).to(self.device)
+        from vgr.diffusion.rollout import image_history
+
+        video = torch.from_numpy(images).permute(0, 3, 1, 2).unsqueeze(2).to(self.device).float() / 127.5 - 1.0
         with torch.autocast(self.device, enabled=False):  # the latents of training are fp32
-            return self.codec.encode(video.float() / 127.5 - 1.0)
+            if self.codec.clip is None:
+                return self.codec.encode(video)
+            return image_history(self.codec, video, seeds, self._staged()[0])
 
     def decoded(self, decode: Callable[[Tensor], Tensor], latents: Tensor) -> np.ndarray:
         """Latents (B,C,T,H,W) as videos (B,F,H,W,3) uint8; the codec works outside autocast, as in preparing data."""

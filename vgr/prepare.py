@@ -86,7 +86,7 @@ def one_video(cfg: DictConfig, codec: Any) -> None:
     from vgr.data.prepare import prepare_split
 
     data = cfg.data
-    source = OneVideo(data.video, chunk=cfg.training.chunk, stride=codec.stride[0], **data.source)
+    source = OneVideo(data.video, chunk=cfg.training.chunk, stride=codec.stride[0], clip=codec.clip, **data.source)
     for split, clips in (("val", data.val_clips), ("train", data.windows)):
         with command.progress(clips, f"{split} windows") as done:
             prepare_split(source, codec, video_folder(data[split], data.video), split, clips, 1, progress=done)

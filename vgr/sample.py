@@ -4,6 +4,7 @@ vgr-sample checkpoint=runs/world_model/tiny/seed1 path=orbit seconds=8 first_fra
 vgr-sample checkpoint=runs/world_model/tiny/seed1 actions=[w-30,l-20]
 vgr-sample checkpoint=runs/world_model/tiny/seed1 cameras=colmap/sparse/0 scale=0.5 first_frame=img.png
 vgr-sample checkpoint=runs/causal_video/multi_shot_story_tiny/seed1 shots=story.yaml
+vgr-sample checkpoint=weights/Helios-Distilled preset=warp_adapter/one_video path=static first_frame=img.png
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vgr import command, story
+
+HFOV_DEG = 60.0  # of a model that never was told of a lens, unless intrinsics= says
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,7 +40,6 @@ def body(cfg: DictConfig) -> None:
     from vgr import warped
     from vgr.data.annotators import DepthModel
     from vgr.data.video import live_video
-    from vgr.generator import Generator
 
     if cfg.checkpoint is None:
         raise ValueError("checkpoint is not given: checkpoint=<run folder or one of its checkpoints>")
@@ -50,8 +52,7 @@ def body(cfg: DictConfig) -> None:
         story.sample(cfg)
         return
     file = None if cfg.cameras is None else read_pose_file(cfg)
-    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory)
-    generator = Generator.load(*args, seconds=None if cfg.path is None else cfg.seconds)
+    generator = load(cfg, None if cfg.path is None else cfg.seconds)
     drop = 0 if cfg.refiner is None else 1  # a refiner leaves the first frame as it was
     if drop:
         from vgr.training.refining import Refinement
@@ -92,6 +93,68 @@ def body(cfg: DictConfig) -> None:
     print(out / "side_by_side.mp4")
 
 
+def load(cfg: DictConfig, seconds: float | None) -> Generator:
+    """What makes the video: a run's checkpoint, or with preset= weights that no run of ours made.
+
+    FileNotFoundError or ValueError name what is missing, damaged or does not fit.
+    """
+    from vgr.generator import Generator
+
+    if cfg.preset is not None:
+        return released(cfg, seconds)
+    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory)
+    return Generator.load(*args, seconds=seconds)
+
+
+def released(cfg: DictConfig, seconds: float | None) -> Generator:
+    """checkpoint= as the base that preset= starts from: codec, text, size, rate and sampling are the preset's, sizes of
+    the networks the weights' own, and how many times to tell them their scheduler's. Nothing is trained."""
+    import torch
+    from hydra.utils import get_class, instantiate
+    from omegaconf import OmegaConf
+
+    from vgr.generator import Generator
+    from vgr.geometry.cameras import from_fov
+    from vgr.models import helios, weights
+    from vgr.training import checkpoints, rebuild
+
+    told = command.compose("train", [f"experiments={cfg.preset}"])
+    told.base, source = cfg.checkpoint, told.data.get("source")
+    if source is None or told.init_from != cfg.checkpoint or not told.model._target_.endswith(".Helios"):
+        raise ValueError(f"preset={cfg.preset} does not say how to sample weights before it is trained; "
+                         "warp_adapter/one_video does")  # fmt: skip
+    if cfg.memory is not None or cfg.shift is not None:
+        raise ValueError("memory= and shift= are not Helios' to take: leave them out")
+    if not Path(cfg.checkpoint).is_dir():
+        raise FileNotFoundError(f"checkpoint={cfg.checkpoint} is no folder. {helios.HOW_TO_GET}")
+    sampling = OmegaConf.to_container(told.sampling, resolve=True)
+    sampling["staged"] = sampling.get("staged", {}) | helios.staged(cfg.checkpoint)
+    sampling |= {k: cfg[k] for k in ("steps", "guidance") if cfg[k] is not None}
+    record, tensors = rebuild.read(cfg.checkpoint)
+    own, kind = rebuild.part_of(tensors, "model"), get_class(told.model._target_)
+    settings = {k: v for k, v in OmegaConf.to_container(told.model, resolve=True).items() if not k.startswith("_")}
+    model = weights.build(kind, {**settings, **record["model"]["config"]})
+    weights.check(model, own, cfg.checkpoint)
+    there = model.state_dict()
+    model.load_state_dict({k: v.to(there[k].dtype) for k, v in own.items()}, assign=True)
+    device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device
+    device = "cpu" if device == "auto" else device
+    told.codec.device = told.text.device = device
+    told.text.width = model.config["text_width"]
+    height, width = source.size_hw
+    about = {
+        "fps": source.fps, "max_frames": source.frames, "size_hw": [height, width], "chunk": told.training.chunk,
+        "intrinsics": from_fov(source.hfov_deg or HFOV_DEG, width / height).tolist(),
+        "evidence": {"threshold": told.training.threshold, "rule": told.training.rule},
+    }  # fmt: skip
+    parts = {"model": model, "text": instantiate(told.text), "codec": instantiate(told.codec)}
+    name, digest = f"{Path(cfg.checkpoint).name}, {cfg.preset}", checkpoints.tensors_hash(tensors)
+    generator = Generator(parts, about, name, digest, {}, sampling, device)
+    if seconds is not None:
+        generator.reach(seconds)
+    return generator
+
+
 def read_path(cfg: DictConfig, generator: Generator, file: CameraFile | None = None) -> tuple[Cameras, int]:
     """Cameras (1,F) of the asked path, padded to a length the codec takes by resting at the end; frames to show.
 
@@ -123,7 +186,7 @@ def read_path(cfg: DictConfig, generator: Generator, file: CameraFile | None = N
             cfg.path, shown, generator.fps, intrinsics=own, distance=cfg.distance, angle_deg=cfg.angle_deg,
             turns=cfg.turns,
         )  # fmt: skip
-    rest = -(shown - 1) % generator.stride
+    rest = generator.whole(shown) - shown
     c2w, k = (torch.cat([x, x[-1:].expand(rest, *x.shape[1:])])[None] for x in (c2w, k))
     if file is not None or cfg.intrinsics is not None:
         unusual = check_cameras(Cameras(c2w, k), generator.fps, generator.size_hw, generator.stride)

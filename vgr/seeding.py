@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,20 @@ def held_out(names: Iterable[str], share: float) -> set[str]:
     """About that share of names, each chosen by itself, whoever stands beside it; one at least where there are any."""
     place = {name: derive_seed(0, f"held out {name}") / 2**63 for name in names}
     return {name for name in place if place[name] < share} or set(sorted(place, key=place.__getitem__)[:1])
+
+
+def noised_frames(
+    x: Tensor, seeds: Sequence[int], purpose: str, positions: Tensor, span: tuple[float, float]
+) -> Tensor:
+    """Each frame of x (B,C,T,H,W) as sigma eps + (1 - sigma) x, sigma uniform within `span`; both are functions of
+    (its row's seed, purpose, positions[t]) alone."""
+    noisy = x.clone()
+    for row, seed in zip(noisy, seeds, strict=True):
+        for i, place in enumerate(positions.tolist()):
+            generator = torch_generator(seed, purpose, place)
+            sigma = span[0] + (span[1] - span[0]) * float(torch.rand((), generator=generator))
+            row[:, i] = sigma * torch.randn(row[:, i].shape, generator=generator).to(row) + (1 - sigma) * row[:, i]
+    return noisy
 
 
 def normal_like(x: Tensor, seed: int, purpose: str, positions: Tensor) -> Tensor:

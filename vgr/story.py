@@ -73,11 +73,10 @@ def sample(cfg: DictConfig) -> None:
     """conf/sample.yaml -> a folder with video.mp4 and sample.json; the video can be watched as it is made."""
     from vgr.data.files import write_json
     from vgr.data.video import live_video, write_video
-    from vgr.generator import Generator
+    from vgr.sample import load
 
     shots, image, told = read_story(Path(cfg.shots))
-    args = (cfg.checkpoint, cfg.device, cfg.steps, cfg.shift, cfg.guidance, cfg.memory)
-    generator = Generator.load(*args, seconds=sum(shot.seconds for shot in shots))
+    generator = load(cfg, sum(shot.seconds for shot in shots))
     image = cfg.first_frame or image
     first = None if image is None else read_first_frame(Path(image), generator.size_hw)
     check(shots, generator, Path(cfg.shots))

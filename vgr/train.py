@@ -252,7 +252,6 @@ def prepare_run(
     checkpoint: Path | None,
 ) -> callbacks.BetweenSteps:
     """What happens between steps; makes the run folder, sets module, data and metrics to the checkpoint's position."""
-    from hydra.utils import instantiate
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
     from vgr.bench import bench_between
@@ -269,7 +268,7 @@ def prepare_run(
     rank_zero_only(write_text)(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if checkpoint is not None:
         rank_zero_only(checkpoints.point_latest)(checkpoint)
-    wandb_run = instantiate(cfg.logger, _partial_=True)(run_dir, config) if cfg.logger else None
+    wandb_run = tracking.start_wandb(run_dir, config, **cfg.wandb) if tracking.asked(cfg.logger) else None
     record = tracking.Record(run_dir / "metrics.jsonl", state["time_s"], wandb_run)
     record.rewind(module.samples_seen)
     write = sample_writer(generator, codec, batches[0], cfg.seed)
@@ -339,6 +338,8 @@ def generator_record(
     cfg: DictConfig, config: dict[str, Any], module: callbacks.Training, codec: Any, batch: VideoBatch
 ) -> dict[str, Any]:
     """generator.json: everything sampling needs beside the weights."""
+    from vgr.types import raw_frames
+
     frames, height, width = batch.latents.shape[2:]
     parts = {"model": module.model, "text": module.text, "codec": codec}
     base = {"base": cfg.init_from, "folder": str(Path.cwd()), "sha256": config.get("init_from_sha256")}
@@ -351,7 +352,7 @@ def generator_record(
         "fps": float(batch.fps[0]),
         "intrinsics": batch.cameras.intrinsics[0, 0].tolist(),
         "size_hw": [height * codec.stride[1], width * codec.stride[2]],
-        "max_frames": 1 + (frames - 1) * codec.stride[0],
+        "max_frames": raw_frames(frames, codec.stride[0], codec.clip),
         "chunk": module.chunk,
         "sampling": OmegaConf.to_container(cfg.sampling, resolve=True),
     }

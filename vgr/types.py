@@ -31,6 +31,30 @@ def _map_tensors(value: Any, fn: Any) -> Any:
     return value
 
 
+def raw_frames(latents: int, stride: int, clip: int | None = None) -> int:
+    """Raw frames of a video's first `latents` latent frames: one, then `stride` each, in every clip of `clip` anew."""
+    whole, rest = (0, latents) if clip is None else divmod(latents, clip)
+    return whole * (1 + ((clip or 1) - 1) * stride) + (1 + (rest - 1) * stride if rest else 0)
+
+
+def latents_holding(raw: int, stride: int, clip: int | None = None) -> int:
+    """The fewest latent frames that hold so many raw frames, in whole clips where there are such."""
+    return 1 + -(-(raw - 1) // stride) if clip is None else clip * -(-raw // raw_frames(clip, stride))
+
+
+def latent_frames(raw: int, stride: int, clip: int | None = None) -> int:
+    """T of exactly so many raw frames; ValueError with the nearest that fit. One image has one, whatever the clip."""
+    count = 1 if raw == 1 else latents_holding(raw, stride, clip)
+    if raw < 1 or raw_frames(count, stride, clip) != raw:
+        step, least, base = (stride, 1, "1 + ") if clip is None else (raw_frames(clip, stride),) * 2 + ("",)
+        above = max(raw_frames(count, stride, clip), least + step)
+        raise ValueError(
+            f"{raw} frames do not fit the codec's temporal stride {stride}; "
+            f"use {base}n * {step}, for example {above - step} or {above}"
+        )
+    return count
+
+
 @dataclass(frozen=True)
 class Cameras:
     """Cameras of raw frames: c2w (B,F,4,4) in metres, intrinsics (B,F,4) normalised; both fp32 or wider."""
@@ -84,9 +108,16 @@ class Layout:
         return Layout(torch.arange(frames, device=device), zeros, zeros, zeros.expand(batch, frames))
 
     @staticmethod
-    def chunked(batch: int, frames: int, chunk: int, device: torch.device | str = "cpu") -> Layout:
-        """Frames in chunks of `chunk`, the first one a frame longer, a short rest joined to the last (spec 3.8)."""
+    def chunked(
+        batch: int, frames: int, chunk: int, device: torch.device | str = "cpu", clips: bool = False
+    ) -> Layout:
+        """Frames in chunks of `chunk`, the first one a frame longer, a short rest joined to the last (spec 3.8).
+
+        clips: chunks are clips of their own (`Codec.clip`), all of one length.
+        """
         whole = Layout.whole(batch, frames, device)
+        if clips:
+            return dataclasses.replace(whole, chunk=whole.position // chunk)
         count = max(1, (frames - 1) // chunk)
         index = ((whole.position - 1).clamp_min(0) // chunk).clamp_max(count - 1)
         return dataclasses.replace(whole, chunk=index)
@@ -162,11 +193,13 @@ class Conditioning:
 class Warp:
     """What each frame's camera sees of frames before its chunk (warp adapter, specs 2.3, 2.4).
 
-    latents (B,C,T,h,w); visible (B,F,H,W) bool, of the pixels of raw frames.
+    latents (B,C,T,h,w); visible (B,F,H,W) bool, of the pixels of raw frames; still (B,C,1,h,w): where chunks are clips
+    of their own, the last latent frame of the first raw frame standing still for a clip.
     """
 
     latents: Tensor
     visible: Tensor
+    still: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -236,11 +269,13 @@ class Shard(Protocol):
 class Codec(Protocol):
     """Video <-> latents, as real VAEs do it. Video is (B,3,F,H,W) in [-1, 1]; latents are normalised.
 
-    stride (t, h, w): F raw frames give T = 1 + (F-1)/t latent frames, the first frame stands alone.
+    stride (t, h, w): F raw frames give T = 1 + (F-1)/t latent frames, the first frame stands alone; clip: so many
+    latent frames are encoded and decoded by themselves, as a video of their own, None: the video is one clip.
     `fingerprint` names configuration and weights; shards and checkpoints carry it.
     """
 
     stride: tuple[int, int, int]
+    clip: int | None
     channels: int
     fingerprint: str
 

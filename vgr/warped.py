@@ -63,8 +63,12 @@ def follow(
     from vgr.types import Cameras
 
     unit, frames = generator.chunk * generator.stride, cameras.c2w.shape[1]
-    chunks = max(1, -(-(frames - 1) // unit))
-    rest = 1 + chunks * unit - frames  # the path rests at its end until the last chunk is full
+    if generator.codec.clip is None:
+        seconds = max(1, -(-(frames - 1) // unit)) * unit / generator.fps
+        rest = round(seconds * generator.fps) + 1 - frames  # the path rests at its end until the last chunk is full
+    else:
+        rest = generator.whole(frames) - frames
+        seconds = (frames + rest) / generator.fps
     both = cameras.c2w, cameras.intrinsics
     c2w, k = (torch.cat([x, x[:, -1:].expand(-1, rest, *x.shape[2:])], dim=1) for x in both)
     evidence = WarpEvidence(
@@ -72,7 +76,7 @@ def follow(
         seed=seed, moving=moving, **generator.evidence,
     )  # fmt: skip
     session, made = generator.session(seed, image, evidence=evidence), []
-    session.append(prompt, chunks * unit / generator.fps)
+    session.append(prompt, seconds)
     with torch.autocast(generator.device, torch.bfloat16, enabled=generator.device == "cuda"):
         for number, piece in enumerate(session.frames()):
             made.append(piece.numpy())

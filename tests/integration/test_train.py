@@ -14,7 +14,7 @@ from vgr.training import checkpoints
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("train"))
-    done = train(folder, "training.max_samples=480", "every.sample=240", "logger=wandb", "logger.mode=offline")
+    done = train(folder, "training.max_samples=480", "every.sample=240", "logger=wandb", "wandb.mode=offline")
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, folder / "runs/mini--training.max_samples-480/seed1", done
 

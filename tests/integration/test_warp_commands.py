@@ -32,6 +32,22 @@ SMALL = [
     "data.val_clips=3", "training={chunk: 2, max_samples: 4, warmup_samples: 2}", "lora.rank=4", "lora.alpha=4",
     "every={log: 1, validate: 4, save: 2}",
 ]  # fmt: skip
+# The same on a causal video model, of nothing but settings.
+CAUSAL_BASE = [
+    "experiments=causal_video/multi_shot", "size=story_tiny", "init_from=null", "trainer.accelerator=cpu", *BASE[4:6],
+    "shards=shards", "data.val_clips=8", "model={in_channels: 16, width: 32, heads: 2, layers: 2, ffn_width: 64}",
+    "training={chunk: 2, global_batch: 8, max_samples: 48, warmup_samples: 8}", "training.objective.shared=false",
+    "+training.objective.first_frame_clean=1.0", "every={log: 8, validate: 48, save: 48}", "runs=causal",
+]  # fmt: skip
+CAUSAL = [
+    *(word for word in SMALL if not word.startswith(("model=", "init_from="))), "init_from=causal/base", "runs=causal",
+    "model._target_=vgr.models.causal_video.CausalVideo", "model={in_channels: 16, heads: 2, layers: 2}",
+    "+model.width=32", "+model.ffn_width=64", *(f"~model.{k}" for k in ("head_dim", "options", "stage_times")),
+    *(f"~model.{k}" for k in ("truncate_times", "spread_stages", "dtype")), "lora.targets=[attn.qkv,attn.proj]",
+    "training.objective._target_=vgr.diffusion.objectives.next_chunk", "+training.objective.shift=3.0",
+    *(f"~training.objective.{k}" for k in ("ratio", "text", "corruption", "fill")),
+    "sampling={method: stream, steps: 4, shift: 3.0}",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +167,19 @@ def test_what_a_path_lacks_is_told(project, depth, words, told):  # noqa: F811
     assert not (project / "never").exists()
 
 
-def test_the_study_runs_on_such_a_run(project, monkeypatch):
+@pytest.fixture(scope="module")
+def causal(project):
+    """A run on a causal base."""
+    done = train(project, *CAUSAL_BASE)
+    assert done.returncode == 0, done.stderr
+    shutil.move(next((project / "causal" / "causal_video").glob("*/seed1")), project / "causal" / "base")
+    done = train(project, *CAUSAL)
+    assert done.returncode == 0, done.stderr
+    return next((project / "causal" / "warp_adapter").glob("*/seed1"))
+
+
+@pytest.mark.parametrize("kind", ["helios", "causal"])
+def test_the_study_runs_on_such_a_run(project, request, kind, monkeypatch):
     """benchmarks.warp_adapter on one clip: every arm makes a whole video, and the base is the adapter's."""
     from benchmarks import warp_adapter
     from vgr.data.video import Clip
@@ -159,13 +187,32 @@ def test_the_study_runs_on_such_a_run(project, monkeypatch):
     c2w, shown, maps = walk(17)
     k = np.tile(np.array([0.6, 0.8, 0.5, 0.5]), (17, 1))
     clip = Clip(shown, c2w, k, 16.0, [{"start": 0, "end": 17, "caption": "a room"}], depth=maps)
-    monkeypatch.setattr(warp_adapter, "WINDOW", 17)
+    run = request.getfixturevalue("causal") if kind == "causal" else run_of(project)
     monkeypatch.chdir(project)
-    arms = warp_adapter.Arms(run_of(project), "cpu")
-    made = {arm: arms.make(arm, clip, 1) for arm in warp_adapter.ARMS}
+    arms = warp_adapter.Arms(run, "cpu")
+    assert set(warp_adapter.ARMS) - set(arms.names) == ({"LoRA, not aligned"} if kind == "causal" else set())
+    made = {arm: arms.make(arm, clip, 1) for arm in arms.names}
     assert {x.shape for x in made.values()} == {(17, 96, 128, 3)}
-    assert not np.array_equal(made["frozen"], made["zero-shot"])
-    assert not np.array_equal(made["LoRA"], made["LoRA, not aligned"])
+    changed = [("frozen", "zero-shot"), ("LoRA", "LoRA, at all noise"), ("LoRA", "LoRA, not aligned")]
+    assert not any(np.array_equal(made[a], made[b]) for a, b in changed if b in made)
+    assert all(np.array_equal(x[0], arms.ceiling(clip)[0]) for x in made.values())  # the first frame is given
     seen = warp_adapter.seen_from_first(clip)
     assert seen[0].all() and 0.5 < seen.mean() < 1
-    assert warp_adapter.measure(shown, clip, seen)["psnr_seen_db"] == float("inf")
+
+
+def test_the_studys_measures():
+    """The true video is where it should be; one that stands still is not, and says by how much it is off."""
+    from benchmarks import warp_adapter
+    from vgr.data.video import Clip
+
+    c2w, shown, maps = walk(17)
+    clip = Clip(shown, c2w, np.tile(np.array([0.6, 0.8, 0.5, 0.5]), (17, 1)), 16.0, [], depth=maps)
+    seen = warp_adapter.seen_from_first(clip)
+    true, still = (warp_adapter.measure(x, clip, seen) for x in (shown, shown[:1].repeat(17, 0)))
+    way, turn = np.linalg.norm(c2w[::4, :3, 3] - c2w[0, :3, 3], axis=1)[1:].mean(), np.degrees(0.01 * 10)
+    assert true["psnr_seen_db"] == float("inf") and true["align_trans_m"] < way / 3 and true["align_rot_deg"] < turn / 6
+    assert still["align_trans_m"] == pytest.approx(way, 0.02)
+    assert still["align_rot_deg"] == pytest.approx(turn, 0.02)
+    rows = [{"seen": 1.0, "still": still, "frozen": still}, {"seen": 1.0, "still": still, "frozen": true}]
+    told = warp_adapter.summary(rows)["frozen"]
+    assert told["against"] == "still" and told["align_trans_m"]["difference"]["value"] < 0

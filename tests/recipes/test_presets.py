@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 MODEL = ("mixer", "sink", "window", "routed")
 SMALL = ("world_model/tiny", "world_model/doom_small", "warp_adapter/base_tiny", "warp_adapter/tiny")
-STAGES = [name for name in command.presets() if name not in SMALL]
+STAGES = [name for name in command.presets() if name not in (*SMALL, "warp_adapter/one_video")]
 SAME = ("training._target_", "training.chunk", "surgery", "sampling.method", *map("model.{}".format, MODEL))
 
 
@@ -52,6 +52,23 @@ def test_preset_has_a_tiny_twin_of_the_same_stage(name):
     assert codec.channels == tiny.model.in_channels
     assert codec.stride[0] == tiny.model.get("raw_frames", codec.stride[0])
     assert sum(p.numel() for p in instantiate(tiny.model).parameters()) < 10e6
+
+
+def test_the_published_adapter_and_its_tiny_twin_are_one_recipe():
+    """Sizes, stages and what the released Helios was trained on apart, the two are trained alike (spec 3.2)."""
+    cfg, tiny = (command.compose("train", [f"experiments=warp_adapter/{name}"]) for name in ("one_video", "tiny"))
+    command.check_targets(cfg)
+    flat = [command.flat(OmegaConf.to_container(c, resolve=True)) for c in (cfg, tiny)]
+    trained = ("training.", "lora.", "data.windows")
+    differ = {k for k in flat[0].keys() | flat[1].keys() if flat[0].get(k) != flat[1].get(k) and k.startswith(trained)}
+    assert differ == {
+        "training.chunk", "training.objective", "training.objective.ratio", "training.objective.image_noise",
+    }  # fmt: skip
+    assert cfg.codec.clip == cfg.training.chunk and cfg.data.source.frames % (1 + 8 * 4) == 0
+    assert (cfg.lora.rank, cfg.training.max_samples, cfg.training.lr) == (32, 1000, 1e-4)
+    with torch.device("meta"):
+        targets = [n for n, _ in instantiate(cfg.model).named_modules() if n.endswith(tuple(cfg.lora.targets))]
+    assert len(targets) == 160
 
 
 def test_a_size_changes_more_for_one_kind_of_training_and_yields_to_the_command_line():

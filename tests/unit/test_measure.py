@@ -1,6 +1,7 @@
 """Cameras of measured videos by structure from motion, on exact renders of a room."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,11 +80,13 @@ def test_small_short_and_mismatched_videos(room):
 
 def test_chunks_start_where_the_model_makes_them():
     class Streaming:
-        stride, chunk = 4, 3
+        stride, chunk, codec = 4, 3, SimpleNamespace(clip=None)
 
     # 13 latent frames in chunks of 3 + 1, 3, 3, 3: raw frames 1 + 4 (k - 1) of latent frame k.
     starts = _chunk_starts(Streaming(), 49)
     assert all((s - 1) % 4 == 0 for s in starts) and starts == sorted(starts) and starts[-1] < 49
     assert np.diff(starts).tolist() == [12] * (len(starts) - 1) and len(starts) in (3, 4)
+    Streaming.chunk, Streaming.codec = 3, SimpleNamespace(clip=3)  # clips of nine raw frames
+    assert _chunk_starts(Streaming(), 25) == [9, 18]
     Streaming.chunk = None
     assert _chunk_starts(Streaming(), 49) == []

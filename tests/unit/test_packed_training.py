@@ -52,8 +52,27 @@ def test_teacher_forcing_gives_noisy_chunks_and_a_past_of_its_own_noise():
         objectives.teacher_forcing(latents, positions, chunk, 0, shift=5.0, context_noise=2)
 
 
-def test_the_packed_loss_is_that_of_chunks_denoised_from_committed_true_ones():
-    module, batch = _module(FORCING), _batch()
+def test_a_first_frame_is_given_as_a_rollout_holds_it():
+    """At t = 0, clean and not counted, beside the rest of its chunk; all else is as without."""
+    latents, positions, chunk = torch.randn(200, 4, 7, 4, 4), torch.arange(200), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    forced = partial(objectives.teacher_forcing, latents, positions, chunk, 0, shift=5.0, shared=False)
+    plain, given, half = (forced(first_frame_clean=share) for share in (0.0, 1.0, 0.5))
+    assert (plain.t > 0).all() and (given.t[:, 0] == 0).all() and (given.weight[:, 0] == 0).all()
+    assert torch.equal(given.x[:, :, 0], latents[:, :, 0])
+    for ours, theirs in ((given.t, plain.t), (given.weight, plain.weight)):
+        assert torch.equal(ours[:, 1:], theirs[:, 1:])
+    assert torch.equal(given.x[:, :, 1:], plain.x[:, :, 1:]) and torch.equal(given.target, plain.target)
+    some = half.t[:, 0] == 0
+    assert 60 < int(some.sum()) < 140 and torch.equal(half.x[some], given.x[some])
+    assert torch.equal(half.x[~some], plain.x[~some])
+    with pytest.raises(ValueError, match="first_frame_clean=2"):
+        forced(first_frame_clean=2.0)
+
+
+@pytest.mark.parametrize("first_frame_clean", [0.0, 1.0])
+def test_the_packed_loss_is_that_of_chunks_denoised_from_committed_true_ones(first_frame_clean):
+    """The first one, where its first frame is given, with that frame at t = 0: as a rollout begins."""
+    module, batch = _module(partial(FORCING, first_frame_clean=first_frame_clean)), _batch()
     noised = module.objective(batch.latents, batch.position, torch.tensor([0, 0, 0, 1, 1, 2, 2]), 1)
     with torch.no_grad():
         cond = conditioning(module.text, batch.captions, batch.cameras, batch.shot, 4, 2)
@@ -64,7 +83,8 @@ def test_the_packed_loss_is_that_of_chunks_denoised_from_committed_true_ones():
             _, state = module.model(batch.latents[:, :, a:b], still, part, state, commit=True)
         error_BT = (torch.cat(parts, 2) - noised.target).square().mean((1, 3, 4))
     losses = module._sample_losses(batch)
-    torch.testing.assert_close(losses, (error_BT * noised.weight).mean(1), rtol=1e-4, atol=1e-5)
+    counted = (noised.weight > 0).sum(1)
+    torch.testing.assert_close(losses, (error_BT * noised.weight).sum(1) / counted, rtol=1e-4, atol=1e-5)
     losses.sum().backward()
     assert all(p.grad is not None for p in module.model.parameters())
 

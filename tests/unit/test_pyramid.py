@@ -82,6 +82,8 @@ def test_evidence_reaches_the_first_stage_only():
     assert torch.equal(pyramid.pyramid(watched("plain"), noise, cond, (1, 1, 1), coarse=coarse), plain)
     assert inputs["coarse", 0][1] == 1 and inputs["plain", 1][1] == inputs["plain", 2][1] == 0
     assert ("coarse", 1) not in inputs
+    pyramid.pyramid(watched("plain"), noise, cond, (1, 1, 1), coarse=coarse, shown=2)
+    assert ("coarse", 1) in inputs and ("coarse", 2) not in inputs
 
 
 def test_history_slots():
@@ -136,6 +138,51 @@ def test_streaming_is_chunk_by_chunk_from_the_first_frame():
     assert not torch.allclose(other[1], made[1], atol=1e-3)
 
 
+def test_a_first_chunk_takes_twice_the_steps_if_amplified():
+    model, noise, seen = helios(), frame_noise([1], (16, 8, 16)), []
+
+    def watched(x, t, part, state=None):
+        seen.append((int(part.layout.position[0]), part.stage, round(float(t[0, 0]), 4)))
+        return model(x, t, part)
+
+    cond = pyramid.Conditioning(Layout.chunked(1, 18, 9, clips=True), conditioning(1).text)
+    denoiser = pyramid.Streamed(watched, noise, (1, 2, 1), distilled=True, amplified=True)
+    list(stream(denoiser, denoiser.new_state(), cond, torch.tensor([1.0, 0.0]), noise))
+    assert [at for at, *_ in seen] == [0] * 8 + [9] * 4
+    assert [t for at, stage, t in seen if (at, stage) == (0, 1)] == [0.999, 0.7495, 0.5, 0.2505]  # spec 1.4
+    assert [t for at, stage, t in seen if (at, stage) == (9, 1)] == [0.999, 0.5]
+
+
+def test_an_image_is_history_of_clips_and_standing_still_of_the_first_alone_beside_evidence():
+    """Helios' slots (spec 1.2, 2.6): prefix and short tier of chunk 0; in chunk 1 evidence stands beside own frames."""
+    model, noise, told, made = helios(), frame_noise([1], (16, 8, 16)), {}, []
+    image, still = normal(1, 16, 1, 8, 16), normal(1, 16, 1, 8, 16, seed=1)
+
+    def watched(name):
+        def call(x, t, part, state=None):
+            told.setdefault((name, int(part.layout.position[0])), {b.tier: b for b in part.history})
+            return model(x, t, part)
+
+        return call
+
+    cond = pyramid.Conditioning(Layout.chunked(1, 18, 9, clips=True), conditioning(1).text)
+    shown = pyramid.HistoryBlock(normal(1, 16, 9, 8, 16, seed=9), torch.arange(9), "mid")
+    denoiser = pyramid.Streamed(watched("plain"), noise, (1, 1), coarse=watched("coarse"))
+    state = denoiser.new_state(image, still)
+    for a in (0, 9):
+        part = dataclasses.replace(cond.frames(a, a + 9), history=(shown,))
+        latents, state = next(stream(denoiser, state, part, torch.tensor([1.0, 0.0]), noise))
+        made.append(latents)
+    made = made[0]
+    first, plain, later = told["coarse", 0], told["plain", 9], told["coarse", 9]
+    assert torch.equal(first["prefix"].latents, image) and torch.equal(first["short"].latents, still)
+    assert first["short"].position.tolist() == [-1] and "long" not in first
+    assert all(torch.equal(part["prefix"].latents, image) for part in (plain, later))
+    assert torch.equal(plain["long"].latents[:, :, -7:], torch.cat([still, made[:, :, :6]], 2))
+    assert torch.equal(later["long"].latents[:, :, -6:], made[:, :, :6]) and not later["long"].latents[:, :, :-6].any()
+    assert later["long"].keep.flatten().tolist() == [False, False, True, True]
+
+
 def test_streaming_refuses_what_it_cannot_make():
     noise = frame_noise([1], (16, 8, 16))
     denoiser = pyramid.Streamed(helios(), noise, (1, 1))
@@ -167,6 +214,26 @@ def test_the_objective_is_a_function_of_position():
         objective(latents, [2, 3, 4, 5])
 
 
+def test_the_objective_of_clips_begins_from_an_image_standing_still():
+    """Both chunks whole; the first behind the still latent and the clip's first frame, with the image's noise."""
+    latents, still, seen = normal(4, 2, 18, 8, 8), normal(4, 2, 1, 8, 8, seed=5), set()
+    chunk = Layout.chunked(1, 18, 9, clips=True).chunk
+    for batch in range(12):
+        positions = torch.arange(4 * batch, 4 * batch + 4)
+        noised = pyramid.pyramid_flow(latents, positions, chunk, 3, global_batch=4, ratio=(1, 0), text=0.0, fill=False,
+                                      corruption=0.0, still=still, image_noise=(0.111, 0.135))  # fmt: skip
+        seen.add(noised.frames)
+        tiers = {b.tier: b for b in noised.history}
+        dirty = tiers["prefix"].latents - latents[:, :, :1]
+        assert 0.08 < float(dirty.std()) < 0.2
+        if noised.frames == (0, 9):
+            assert tiers["short"].position.tolist() == [-1] and set(tiers) == {"prefix", "short"}
+            assert 0.08 < float((tiers["short"].latents - still).std()) < 0.2
+        else:
+            assert torch.equal(tiers["short"].latents, latents[:, :, 8:9])
+    assert seen == {(0, 9), (9, 18)}
+
+
 def test_the_objective_draws_stages_chunks_and_corruption():
     latents = normal(4, 2, 9, 8, 8)
     seen, noisy = [], []
@@ -191,7 +258,7 @@ def test_the_objective_draws_stages_chunks_and_corruption():
 
 
 class _Codec:
-    stride = (4, 8, 8)
+    stride, clip = (4, 8, 8), None
 
 
 def test_training_learns_to_use_history():

@@ -6,11 +6,12 @@ import importlib.util
 import numpy as np
 import pytest
 
-from benchmarks.speed import metric_cases
+from benchmarks.speed import metric_cases, warp_overhead
 from benchmarks.speed.metrics import compare, long_video
 from benchmarks.speed.training_step import measure
 from benchmarks.speed.warp import judge as judge_warp
 from benchmarks.speed.warp import measure as measure_warp
+from vgr import command
 
 SETTINGS = {"device": "cpu", "scan": "torch", "attention": "torch", "compile": False, "repeats": 1}
 
@@ -86,3 +87,37 @@ def test_rooms_in_which_a_warp_is_wrong_are_named(capsys):
     assert len(rows) == len(told) == 8
     assert rows["pedestal +1"]["visibility_right_percent"][0] < 99 < rows["pan"]["visibility_right_percent"][0]
     assert [line.split("  ")[0].strip() for line in told if "below 99 % in rooms [0]" in line][0].startswith("pedestal")
+
+
+def small_vae(device):
+    """Wan's VAE for a test, in clips."""
+    import tempfile
+
+    from diffusers import AutoencoderKLWan
+
+    with tempfile.TemporaryDirectory() as folder:
+        AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(folder)
+        return warp_overhead.WanCodec(folder, device=device, clip=9)
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_what_evidence_costs_a_chunk_is_told_in_turn(size, monkeypatch, capsys):
+    """Beside the first stage's target and history stand as many tokens as are kept, and the other arms have none."""
+    monkeypatch.setattr(warp_overhead, "random_vae", small_vae)
+    small = ["model.heads=2", "model.head_dim=12", "model.layers=2", "model.text_width=16", "model.dtype=float32",
+             "model.options={ffn_dim: 32, rope_dim: [4, 4, 4]}", "sampling.steps=1",
+             "data.source.size_hw=[64,64]"]  # fmt: skip
+    cfg = command.compose("train", [f"experiments={warp_overhead.PRESETS[size]}", *small])
+    rows = {row["arm"]: row for row in warp_overhead.measure(cfg, "cpu", "known", 1)}
+    told = capsys.readouterr().out.splitlines()
+    assert list(rows) == list(warp_overhead.ARMS) and len(told) == 3
+    plain, *shown = rows.values()
+    assert plain["evidence_bytes"] == plain["warp_s"] == plain["encode_s"] == 0 and plain["kept"] is None
+    frames, grid = {"tiny": 4, "full": 9}[size], 4 * 4
+    for row in shown:
+        evidence = round(row["kept"] * frames * grid)
+        empty = {"tiny": 2, "full": 0}[size]  # slots without a frame: zeros, or left out beside evidence
+        assert row["tokens"] == plain["tokens"] + evidence - empty
+        assert row["evidence_bytes"] == 4 * 16 * frames * 4 * grid
+        assert row["warp_s"] > 0 and row["encode_s"] > 0 and row["ratio_median"] > 1
+        assert row["total_s"] == pytest.approx(sum(row[stage] for stage in warp_overhead.STAGES), rel=1e-3)

@@ -189,3 +189,23 @@ def test_refuses_what_does_not_fit(folder, tmp_path):
         _save(tmp_path / name, **config)
         with pytest.raises(ValueError, match=words):
             WanCodec(tmp_path / name)
+
+
+@pytest.mark.parametrize("pieces", [[9], [1, 2, 6], [3, 3, 3], [1] * 9, [4, 5]])
+def test_clips_are_videos_of_their_own(folder, pieces):
+    """Three latent frames, nine raw ones, by themselves, both ways and in pieces of any length."""
+    codec, plain = WanCodec(folder, clip=3), WanCodec(folder)
+    video = _video(27)
+    latents, alone = codec.encode(video), [plain.encode(part) for part in video.split(9, 2)]
+    assert torch.equal(latents, torch.cat(alone, 2)) and latents.shape[2] == codec.latent_frames(27) == 9
+    torch.testing.assert_close(codec.encode(video[:, :, :1]), latents[:, :, :1], atol=1e-5, rtol=0)  # an image
+    whole = torch.cat([plain.decode(part) for part in latents.split(3, 2)], 2)
+    stream = codec.stream()
+    torch.testing.assert_close(torch.cat([stream(x) for x in latents.split(pieces, 2)], 2), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(codec.decode(latents), whole, atol=1e-5, rtol=0)
+    assert whole.shape[2] == 27 and plain.decode(latents).shape[2] == 33
+    assert codec.fingerprint != plain.fingerprint and codec.config["clip"] == 3
+    with pytest.raises(ValueError, match="use n \\* 9, for example 18 or 27"):
+        codec.latent_frames(25)
+    with pytest.raises(ValueError, match="codec.clip=1"):
+        WanCodec(folder, clip=1)

@@ -37,14 +37,19 @@ def psnr(a, b):
     return -10 * np.log10(np.mean((a - b) ** 2))
 
 
-# Left out is what no warp of one frame can know: in rooms 0, 3 and 7 the camera grazes a box's top, a pixel or so high,
-# which rising makes twenty; in room 9 a box turns a side that was never seen, and what it now hides shows through.
-@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 4, 5, 6, 8))])
+# Left out. Rising in rooms 0 and 3: a box's top is 5 to 16 pixels high, so steep that its quads are torn, and shows in
+# stripes; in room 7 a top of 0.4 pixel lies between two rows of centres. Round in room 9: a box turns a side that was
+# never seen, and what it now hides shows through.
+LEFT_OUT = {0: "pedestal", 3: "pedestal", 7: "pedestal", 9: "orbit"}
+
+
+@pytest.mark.parametrize("seed", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in range(10) if n != 2)])
 def test_a_room_warped_is_the_room_seen_from_there(seed):
     """The bars of the issue, by a truth that knows nothing of meshes: rays cast from one camera and to the other."""
     size_hw = (384, 640)
     room = Room(seed, size_hw)
     paths = moves(median_depth(torch.from_numpy(room.depth)))
+    paths.pop(LEFT_OUT.get(seed), None)
     targets = [room.path(name, 2, **amplitude)[-1] for name, amplitude in paths.items()]
     k_F4 = torch.from_numpy(room.k).expand(len(targets), 4)
     found = warp(room.keyframes(), torch.from_numpy(np.stack(targets)), k_F4)

@@ -15,7 +15,7 @@ from vgr.training.warp_adapter import WarpAdapterTraining, past
 from vgr.types import Cameras, TextStates, VideoBatch, Warp
 
 STRIDE, FRAMES, GRID, CHANNELS, CHUNK = (2, 8, 8), 9, (8, 8), 16, 4
-CODEC = SimpleNamespace(stride=STRIDE)
+CODEC = SimpleNamespace(stride=STRIDE, clip=None)
 TARGETS = {"helios": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"], "causal": ["attn.qkv", "attn.proj"]}
 
 

@@ -16,7 +16,7 @@ from vgr.data.order import Mixture, Order
 from vgr.data.shards import DamagedSample, Sample, Shards, latent_shots
 from vgr.geometry.cameras import relative_to_first
 from vgr.seeding import derive_seed
-from vgr.types import Cameras, VideoBatch, Warp
+from vgr.types import Cameras, VideoBatch, Warp, latents_holding, raw_frames
 
 CACHE_BYTES = 2 << 30  # sets whose latents are smaller than this stay in memory once read
 _log = logging.getLogger(__name__)
@@ -50,13 +50,16 @@ def collate(
     Poses are taken relative to each clip's first frame in float64 before they become float32, so that a place
     far from the map's origin costs no precision. Raises ValueError where `frames` does not fit.
     """
-    stride = (len(samples[0].c2w) - 1) // max(samples[0].latents.shape[1] - 1, 1) or 1
+    clip, held = samples[0].clip, samples[0].latents.shape[1]
+    of_one = (len(samples[0].c2w), held) if clip is None else (len(samples[0].c2w) * clip // held, clip)
+    stride = (of_one[0] - 1) // max(of_one[1] - 1, 1) or 1
     count = len(samples[0].c2w) if frames is None else frames
-    if (count - 1) % stride or not 1 <= count <= min(len(s.c2w) for s in samples):
-        raise ValueError(f"data.frames={frames}: must be 1 + n x {stride} and at most {len(samples[0].c2w)}")
-    latent_frames = 1 + (count - 1) // stride
+    latent_frames = latents_holding(count, stride, clip)
+    if raw_frames(latent_frames, stride, clip) != count or not 1 <= count <= min(len(s.c2w) for s in samples):
+        fits = f"1 + n x {stride}" if clip is None else f"n x {of_one[0]}"
+        raise ValueError(f"data.frames={frames}: must be {fits} and at most {len(samples[0].c2w)}")
     shots = [[shot for shot in s.meta["shots"] if shot["start"] < count] for s in samples]
-    shot_BT = [latent_shots([x["start"] for x in own], latent_frames, stride) for own in shots]
+    shot_BT = [latent_shots([x["start"] for x in own], latent_frames, stride, clip) for own in shots]
     return VideoBatch(
         latents=torch.from_numpy(np.stack([s.latents[:, :latent_frames] for s in samples])).float(),
         cameras=Cameras(
@@ -71,6 +74,7 @@ def collate(
         warp=None if samples[0].warp is None else Warp(
             torch.from_numpy(np.stack([s.warp[0][:, :latent_frames] for s in samples])).float(),
             torch.from_numpy(np.stack([s.warp[1][:count] for s in samples])),
+            None if clip is None else torch.from_numpy(np.stack([s.warp[2] for s in samples])).float(),
         ),
     )
 

@@ -30,7 +30,7 @@ from vgr.geometry.moving import moving_mask
 from vgr.geometry.reconstruct import reconstruct
 from vgr.geometry.warp import Keyframes, chunk_video, known_depth, warp
 from vgr.seeding import numpy_generator
-from vgr.types import Cameras, Layout
+from vgr.types import Cameras, Layout, latents_holding, raw_frames
 
 Array = NDArray[np.float64]
 EXTRA = 0.5  # how often a chunk also sees one or two frames of its own future (3.1)
@@ -74,25 +74,33 @@ class OneVideo:
 
     Each chunk has a warp of its anchor, the last frame before it (the first chunk: its own first frame), of up to
     MAX_KEYFRAMES - 1 ends of chunks before that, and with probability EXTRA of one or two frames still to come.
-    stride: the codec's raw frames of a latent frame. reverse: how often time runs backward. cameras: "files", beside
-    the video as in a folder of videos, or "estimate". depth: "sparse", from the points of the estimate, "files", an
-    array `depth` (F,h,w) in <name>.depth.npz in the unit of the cameras, or the folder of a network. moving: "drop"
-    what moves on its own from the warps, or "keep" it where it stood, as published. Both splits are of
-    the one video, with other draws. `read`, or the first `capture`, says by ValueError why a video cannot serve: too
-    short, cut, without parallax, poses of other frames or another convention, depth of another size or without a pixel.
+    stride: the codec's raw frames of a latent frame; clip: its own, chunks then are clips, all of one length. reverse:
+    how often time runs backward. cameras: "files", beside the video as in a folder of videos, or "estimate". depth:
+    "sparse", from the points of the estimate, "files", an array `depth` (F,h,w) in <name>.depth.npz in the unit of the
+    cameras, or the folder of a network. moving: "drop" what moves on its own from the warps, or "keep" it where it
+    stood, as published. Both splits are of the one video, with other draws. `read`, or the first `capture`, says by
+    ValueError why a video cannot serve: too short, cut, without parallax, poses of other frames or another convention,
+    depth of another size or without a pixel.
     """
 
     def __init__(self, video: str, frames: int, size_hw: tuple[int, int], fps: float, chunk: int, stride: int,
                  caption: str = "", cameras: str = "estimate", depth: str = "sparse", hfov_deg: float | None = None,
-                 moving: str = "drop", reverse: float = 0.5, licence: str = "not stated") -> None:
+                 moving: str = "drop", reverse: float = 0.5, licence: str = "not stated",
+                 clip: int | None = None) -> None:
         self.video, self.frames, self.size_hw = str(video), frames, (int(size_hw[0]), int(size_hw[1]))
         self.fps, self.chunk, self.stride, self.caption = float(fps), chunk, stride, caption
         self.cameras, self.depth, self.hfov_deg = cameras, depth, hfov_deg
         self.moving, self.reverse, self.licence, self.clips_per_visit = moving, reverse, licence, 1
         self.splits: dict[str, Any] = {"train": [Path(video).name], "val": [Path(video).name]}
-        if (frames - 1) % stride or (frames - 1) // stride < chunk or not 0 <= reverse <= 1:
-            raise ValueError(f"data.source.frames={frames}, data.source.reverse={reverse}: frames must be 1 + n x "
-                             f"{stride}, at least {1 + chunk * stride}, and the share 0 to 1")
+        if clip not in (None, chunk):
+            raise ValueError(f"training.chunk={chunk}, codec.clip={clip}: one is the other")
+        self._clip, self._latents = clip, latents_holding(frames, stride, clip)
+        fits = raw_frames(self._latents, stride, clip) == frames and self._latents > (chunk if clip is None else 0)
+        if not fits or not 0 <= reverse <= 1:
+            told = f"1 + n x {stride}, at least {1 + chunk * stride}" if clip is None else "whole clips of "
+            told += "" if clip is None else str(raw_frames(chunk, stride))
+            raise ValueError(f"data.source.frames={frames}, data.source.reverse={reverse}: frames must be {told}, and "
+                             "the share 0 to 1")
         if moving not in ("drop", "keep"):
             raise ValueError(f"data.source.moving={moving}: drop what moves on its own from the warps, or keep it")
         if cameras not in ("files", "estimate") or (depth == "sparse" and cameras == "files"):
@@ -114,14 +122,15 @@ class OneVideo:
         at = at[::-1] if rng.random() < self.reverse else at
         images = torch.from_numpy(known.frames[at].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         depth, c2w, k = (torch.from_numpy(x[at].copy()).float() for x in (known.depth, known.c2w, known.intrinsics))
-        layout = Layout.chunked(1, 1 + (self.frames - 1) // self.stride, self.chunk)
-        ends = [self.stride * int((layout.chunk <= c).sum() - 1) + 1 for c in layout.chunk.unique()]
+        layout = Layout.chunked(1, self._latents, self.chunk, clips=self._clip is not None)
+        ends = [raw_frames(int((layout.chunk <= c).sum()), self.stride, self._clip) for c in layout.chunk.unique()]
         videos, visible = [], []
         for a, b in zip([0, *ends], ends):
             chosen = self._keyframes(rng, a, b, ends)
             keyframes = Keyframes(images[chosen], depth[chosen], k[chosen], c2w[chosen])
             found = warp(keyframes, c2w[a:b], k[a:b])
             video, seen = chunk_video(found, images[chosen[0]], begins=a == 0)
+            video = video[:, 1:] if self._clip is not None and a else video  # a clip of its own, behind nothing
             videos.append(video.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 3, 0).numpy())
             visible.append(seen.numpy())
         shots = [{"start": 0, "end": self.frames, "caption": self.caption}]

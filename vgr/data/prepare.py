@@ -83,7 +83,8 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
     if hasattr(source, "read"):  # what cannot be read leaves no folder, and is read once for all workers
         source.read()
     with ShardWriter(folder, type(codec).__name__, codec.fingerprint, tuple(codec.stride), codec.channels,
-                     source.size_hw, source.fps, source.licence, samples_per_shard, extra, part is None) as writer:
+                     source.size_hw, source.fps, source.licence, samples_per_shard, extra, part is None,
+                     codec.clip) as writer:
         sizes = [min(samples_per_shard, clips - at) for at in range(0, clips, samples_per_shard)]
         i, n = part or (0, 1)
         todo = [shard for shard in range(i, len(sizes), n) if not writer.stands(shard, sizes[shard])]
@@ -114,9 +115,13 @@ def prepare_split(source: Source, codec: Codec, folder: str | Path, split: str, 
 
 def _refuse_misfit(source: Source, codec: Codec) -> None:
     t, h, w = codec.stride
-    if (source.frames - 1) % t or source.size_hw[0] % h or source.size_hw[1] % w:
-        raise ValueError(f"source.frames={source.frames}, source.size_hw={list(source.size_hw)} do not fit a codec of "
-                         f"stride {[t, h, w]}: frames must be 1 + n x {t}, height a multiple of {h}, width of {w}")
+    try:
+        codec.latent_frames(source.frames)
+    except ValueError as error:
+        raise ValueError(f"source.frames={source.frames}: {error}") from error
+    if source.size_hw[0] % h or source.size_hw[1] % w:
+        raise ValueError(f"source.size_hw={list(source.size_hw)} does not fit a codec of stride {[t, h, w]}: height "
+                         f"must be a multiple of {h}, width of {w}")
 
 
 def _note_round_trip(folder: Path, every: int) -> None:
@@ -206,8 +211,13 @@ def _pack(
     return packed
 
 
-def _encoded(codec: Codec, warps: Warps) -> tuple[np.ndarray, np.ndarray]:
-    """Warp latents (C,T,h,w) and what is visible (F,H,W); a later chunk's first latent is of the frame before it."""
+def _encoded(codec: Codec, warps: Warps) -> tuple[np.ndarray, ...]:
+    """Warp latents (C,T,h,w) and what is visible (F,H,W); a later chunk's first latent is of the frame before it. Of
+    chunks that are clips of their own, all latents, and that of the first frame standing still (C,1,h,w)."""
     parts = [encode(codec, video[None])[0] for video in warps.videos]
-    latents = np.concatenate([parts[0], *(part[:, 1:] for part in parts[1:])], axis=1)
-    return latents, warps.visible
+    if codec.clip is None:
+        latents = np.concatenate([parts[0], *(part[:, 1:] for part in parts[1:])], axis=1)
+        return latents, warps.visible
+    first = warps.videos[0]
+    still = encode(codec, np.repeat(first[:1], len(first), 0)[None])[0][:, -1:]
+    return np.concatenate(parts, axis=1), warps.visible, still

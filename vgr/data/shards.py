@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 
 from vgr.data.files import atomic, sync_folder, write_text
 from vgr.geometry.camera_file import read_npy, unpacked
+from vgr.types import latents_holding, raw_frames
 
 SCHEMA = 1
+_WARP = ("latents", "visible", "still")  # of `Sample.warp`
 _AGAIN = "remove that folder and run vgr-prepare again"
 
 
@@ -39,7 +41,7 @@ class Sample:
     """One clip: latents (C,T,H,W) float16, c2w (F,4,4) and intrinsics (F,4) float64, frames a second, meta, key.
 
     text: where kept, states (J,D) float16 of each shot's caption; warp: where kept, latents as the clip's and what is
-    visible of them (F,H,W) bool.
+    visible of them (F,H,W) bool, and where the codec has clips the first frame's standing still; clip: of the codec.
     """
 
     latents: np.ndarray
@@ -49,12 +51,14 @@ class Sample:
     meta: dict[str, Any]
     key: str
     text: list[np.ndarray] | None = None
-    warp: tuple[np.ndarray, np.ndarray] | None = None
+    warp: tuple[np.ndarray, ...] | None = None
+    clip: int | None = None
 
 
-def latent_shots(starts: Sequence[int], frames: int, stride: int) -> NDArray[np.int64]:
+def latent_shots(starts: Sequence[int], frames: int, stride: int, clip: int | None = None) -> NDArray[np.int64]:
     """The shot (T,) of each latent frame, by the raw frame it ends with; starts: each shot's first raw frame."""
-    return np.searchsorted(starts, np.arange(frames) * stride, side="right") - 1
+    last = [raw_frames(i + 1, stride, clip) - 1 for i in range(frames)]
+    return np.searchsorted(starts, last, side="right") - 1
 
 
 class ShardWriter:
@@ -67,9 +71,11 @@ class ShardWriter:
 
     def __init__(self, folder: str | Path, codec_name: str, codec_fingerprint: str, stride: tuple[int, int, int],
                  channels: int, size_hw: tuple[int, int], fps: float, licence: str, samples_per_shard: int = 64,
-                 extra: Mapping[str, Any] | None = None, alone: bool = True) -> None:
+                 extra: Mapping[str, Any] | None = None, alone: bool = True, clip: int | None = None) -> None:
         self.folder, self.samples_per_shard, self.alone = Path(folder), samples_per_shard, alone
         codec = {"name": codec_name, "fingerprint": codec_fingerprint, "stride": list(stride), "channels": channels}
+        if clip is not None:
+            codec["clip"] = clip
         self.head = {
             "schema": SCHEMA, "codec": codec, "size_hw": list(size_hw), "fps": fps, "licence": licence,
             "samples_per_shard": samples_per_shard, "extra": dict(extra or {}),
@@ -103,11 +109,11 @@ class ShardWriter:
     def add(self, key: str, latents: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, meta: Mapping[str, Any],
             video: bytes | None = None, depth: np.ndarray | None = None,
             text: tuple[np.ndarray, np.ndarray] | None = None,
-            warp: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+            warp: tuple[np.ndarray, ...] | None = None) -> None:
         """Adds a sample; a full shard goes to disk.
 
         latents (C,T,h,w), c2w (F,4,4), depth (F,H,W) metres, text: states (S,J,D) and lengths (S,), warp: latents as
-        the clip's and visible (F,H,W) bool.
+        the clip's, visible (F,H,W) bool and, of a codec with clips, a still frame's latent (C,1,h,w).
         """
         _check_shapes(self.head, latents.shape, c2w.shape, intrinsics.shape, key)
         cameras = dict(c2w=c2w.astype(np.float64), intrinsics=intrinsics.astype(np.float64))
@@ -119,7 +125,7 @@ class ShardWriter:
             "mp4": video,
             "depth.npz": None if depth is None else _npz(depth=depth.astype(np.float16)),
             "text.npy": None if text is None else _npy(text[0].astype(np.float16)),
-            "warp.npz": None if warp is None else _npz(latents=warp[0].astype(np.float16), visible=warp[1]),
+            "warp.npz": None if warp is None else _npz(**dict(zip(_WARP, warp))),
         }
         self._pending.append((key, {suffix: data for suffix, data in members.items() if data is not None}))
         if len(self._pending) == self.samples_per_shard:
@@ -245,10 +251,11 @@ class Shards:
             warp = None
             if "warp.npz" in members:
                 found = _read_npz(self._member(index, "warp.npz"))
-                warp = found["latents"], found["visible"]
+                warp = tuple(found[name] for name in _WARP if name in found)
                 if warp[0].shape != latents.shape or warp[1].shape != (len(cameras["c2w"]), *self.manifest["size_hw"]):
                     raise ValueError(f"warp {warp[0].shape}, {warp[1].shape} does not fit latents {latents.shape}")
-            return Sample(latents, cameras["c2w"], cameras["intrinsics"], float(cameras["fps"]), meta, key, text, warp)
+            views = cameras["c2w"], cameras["intrinsics"], float(cameras["fps"])
+            return Sample(latents, *views, meta, key, text, warp, self.manifest["codec"].get("clip"))
         except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             if isinstance(error, DamagedSample):
                 raise
@@ -273,8 +280,10 @@ def _check_shapes(head: Mapping[str, Any], latents: tuple, c2w: tuple, intrinsic
     codec, size = head["codec"], head["size_hw"]
     t, h, w = codec["stride"]
     frames = c2w[0] if c2w else 0
-    wanted = (codec["channels"], 1 + (frames - 1) // t, size[0] // h, size[1] // w)
-    if latents != wanted or (frames - 1) % t or c2w[1:] != (4, 4) or intrinsics != (frames, 4):
+    count = latents_holding(frames, t, codec.get("clip"))
+    wanted = (codec["channels"], count, size[0] // h, size[1] // w)
+    whole = raw_frames(count, t, codec.get("clip")) == frames
+    if latents != wanted or not whole or c2w[1:] != (4, 4) or intrinsics != (frames, 4):
         raise ValueError(f"{key}: latents {latents}, c2w {c2w} and intrinsics {intrinsics} do not fit a codec of "
                          f"{codec['channels']} channels and stride {codec['stride']} at {size[0]}x{size[1]}")
 

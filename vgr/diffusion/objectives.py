@@ -71,19 +71,26 @@ def teacher_forcing(
     shared: bool = True,
     bump: bool = True,
     context_noise: float = 0.0,
+    first_frame_clean: float = 0.0,
 ) -> Noised:
     """Causal video, spec 3.4: noisy chunks under a clean past, times the shift of uniform ones in (0, 1].
 
     shared: one time for all chunks, else one each. bump: errors weigh `timesteps.bump`, else 1. context_noise: the
-    past has noise of its own, at a time uniform in [0, context_noise] which the model is told. Noise and times are
-    functions of (seed, position). ValueError for a context_noise outside [0, 1].
+    past has noise of its own, at a time uniform in [0, context_noise] which the model is told. first_frame_clean: how
+    often a clip's first frame is given at t = 0, as `rollout.stream` holds one, and not counted. Noise and times are
+    functions of (seed, position). ValueError for a context_noise or first_frame_clean outside [0, 1].
     """
-    if not 0 <= context_noise <= 1:
-        raise ValueError(f"objective.context_noise={context_noise} is the largest time of the past: use 0 to 1")
+    if not (0 <= context_noise <= 1 and 0 <= first_frame_clean <= 1):
+        raise ValueError(f"objective.context_noise={context_noise} is the largest time of the past, objective."
+                         f"first_frame_clean={first_frame_clean} a probability: use 0 to 1")  # fmt: skip
     t_BT = timesteps.shifted(timesteps.chunk_uniform(positions, chunk_T, seed, shared), shift)
     t_BT = t_BT.float().to(latents.device)
-    noise = normal_like(latents, seed, "noise", positions)
     weight = timesteps.bump(t_BT, shift) if bump else torch.ones_like(t_BT)
+    generators = [torch_generator(seed, "first frame", position) for position in positions.tolist()]
+    given = torch.stack([torch.rand((), generator=generator) < first_frame_clean for generator in generators])
+    for value in (t_BT, weight):
+        value[given.to(value.device), 0] = 0.0
+    noise = normal_like(latents, seed, "noise", positions)
     context, context_t = latents, None
     if context_noise:
         generators = [torch_generator(seed, "context time", position) for position in positions.tolist()]

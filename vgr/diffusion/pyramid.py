@@ -20,7 +20,7 @@ from torch import Tensor
 from vgr.diffusion import flow
 from vgr.diffusion.objectives import Noised
 from vgr.diffusion.samplers import FrameNoise
-from vgr.seeding import normal_like, torch_generator
+from vgr.seeding import derive_seed, noised_frames, normal_like, torch_generator
 from vgr.types import Conditioning, Denoiser, HistoryBlock
 
 TOP, LEVELS = 0.999, 1000
@@ -127,13 +127,16 @@ def pyramid(
     distilled: bool = False,
     shifted: bool = False,
     coarse: tuple[Denoiser, Conditioning] | None = None,
+    shown: int = 1,
 ) -> Tensor:
     """Clean latents (B,C,T,H,W) of cond's frames, with `steps` steps in each of len(steps) stages (spec 1.4).
 
     noise(position, k) draws white noise of the full size for stage k. distilled: each step goes back from the clean
     estimate towards the stage's own start, the last stays there; else Euler steps. shifted: `dynamic_shift` of each
-    stage. coarse: denoiser and conditioning of stage 0 instead of these, for evidence, its adapter and its prompt;
-    the other stages, given the same stage 0, are the same without it. ValueError for sizes that cannot be halved.
+    stage as diffusers' pipeline has it, by the size of latents before they are enlarged, and its times told over the
+    grid without its end. coarse: denoiser and conditioning of the first `shown` stages instead of these, for evidence,
+    its adapter and its prompt; the other stages, given the same start, are the same without it. ValueError for sizes
+    that cannot be halved.
     """
     stages = Stages(len(steps))
     position, last = cond.layout.position, stages.count - 1
@@ -142,22 +145,31 @@ def pyramid(
         raise ValueError(f"latents {tuple(x.shape[-2:])} cannot be halved {last} times: use fewer stages (steps)")
     x = halved(x, last) * 2**last
     for stage, count in enumerate(steps):
-        own, told = coarse if stage == 0 and coarse is not None else (denoiser, cond)
+        own, told = coarse if stage < shown and coarse is not None else (denoiser, cond)
         told = dataclasses.replace(told, stage=stage)
+        mu = dynamic_shift(math.prod(x.shape[2:])) if shifted else None  # of what it starts from
         if stage:
             alpha, beta = stages.renoise(stage)
             white = halved(noise(position, stage), last - stage) * 2 ** (last - stage)
             x = alpha * _doubled(x) + beta * block_noise(white, stages.gamma)
-        start, mu = x, dynamic_shift(math.prod(x.shape[2:])) if shifted else None
+        start = x
         for sigma, following in itertools.pairwise(local_sigmas(count, distilled, mu)):
-            t = torch.full((x.shape[0], x.shape[2]), sigma, device=x.device)
-            v, _ = own(x, t, told)
+            local = TOP * (1 / LEVELS + TOP * sigma) if shifted else sigma
+            v, _ = own(x, torch.full((x.shape[0], x.shape[2]), local, device=x.device), told)
             if distilled:
-                clean = flow.clean_estimate(x, v, t)
+                clean = x - sigma * v
                 x = clean + following * (start - clean)
             else:
                 x = x + (following - sigma) * v
     return x
+
+
+def image_noised(
+    image: Tensor, still: Tensor, seeds: Sequence[int], span: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Latents (B,C,1,H,W) of images and of these standing still, with noise of a share within `span` (spec 1.3)."""
+    both = noised_frames(torch.cat([image, still], dim=2), seeds, "image", torch.tensor([-2, -1]), span)
+    return both[:, :, :1], both[:, :, 1:]
 
 
 def history_blocks(
@@ -204,23 +216,27 @@ class Streamed:
     """A staged denoiser as one that streams (`rollout.stream`, `rollout.Session`): its single step, from t = 1 to 0,
     takes a chunk through all stages under the chunks before it.
 
-    noise(position, k): of stage k, also what the caller streams from; steps, distilled: `pyramid`'s. A first frame,
-    given at t = 0, is the first chunk's history and stays as it is. cond.history, evidence, is read in the first stage
-    alone, beside the past without its empty slots, and by `coarse` there instead of `denoiser` (its adapters, say).
+    noise(position, k): of stage k, also what the caller streams from; steps, distilled, shifted: `pyramid`'s;
+    amplified: the first chunk takes twice the steps (spec 1.4). A first frame, given at t = 0, is the first chunk's
+    history and stays as it is; where chunks are clips of their own, `new_state` takes it instead. cond.history,
+    evidence, is read in the first `shown` stages, one as published, beside the past without its empty slots, and by
+    `coarse` there instead of `denoiser` (its adapters, say).
     """
 
     takes_cameras, takes_history = False, True
 
     def __init__(
         self, denoiser: Denoiser, noise: FrameNoise, steps: Sequence[int] = (2, 2, 2), *, distilled: bool = False,
-        coarse: Denoiser | None = None,
+        amplified: bool = False, shifted: bool = False, coarse: Denoiser | None = None, shown: int = 1,
     ) -> None:  # fmt: skip
-        self.denoiser, self.noise, self.steps, self.distilled = denoiser, noise, tuple(steps), distilled
-        self.coarse = denoiser if coarse is None else coarse
+        self.denoiser, self.noise, self.steps, self.amplified = denoiser, noise, tuple(steps), amplified
+        self.kind = {"distilled": distilled, "shifted": shifted}
+        self.coarse, self.shown = denoiser if coarse is None else coarse, shown
 
-    def new_state(self) -> Past:
-        """The state before a video's first chunk."""
-        return Past(None, None, 0)
+    def new_state(self, prefix: Tensor | None = None, still: Tensor | None = None) -> Past:
+        """The state before a video's first chunk, nothing or an image's (spec 1.2): its latent, and the last of it
+        standing still for a clip, (B,C,1,H,W) each."""
+        return Past(still, prefix, 0)
 
     def __call__(
         self, x: Tensor, t: Tensor, cond: Conditioning, state: Past | None = None, *, commit: bool = False
@@ -242,9 +258,11 @@ class Streamed:
         part, at = cond.frames(given, x.shape[2]), state.frames + given
         told, coarse = dataclasses.replace(part, history=history_blocks(past, at, prefix)), None
         if cond.history:
-            beside = (*history_blocks(past, at, prefix, fill=False), *cond.history)
+            own = past[:, :, -at:] if at else past  # an image standing still is of the first chunk alone (2.6)
+            beside = (*history_blocks(own, at, prefix, fill=False), *cond.history)
             coarse = self.coarse, dataclasses.replace(part, history=beside)
-        made = pyramid(self.denoiser, self.noise, told, self.steps, distilled=self.distilled, coarse=coarse)
+        steps = [count * (1 + (self.amplified and state.frames == 0)) for count in self.steps]
+        made = pyramid(self.denoiser, self.noise, told, steps, **self.kind, coarse=coarse, shown=self.shown)
         return x - torch.cat([x[:, :, :given], made], dim=2), state
 
 
@@ -259,13 +277,17 @@ def pyramid_flow(
     text: float = 0.25,
     corruption: float = 0.9,
     fill: bool = True,
+    still: Tensor | None = None,
+    image_noise: tuple[float, float] = (0.0, 0.0),
 ) -> Noised:
     """One stage of one chunk under its true history (spec 1.4, 1.5), as `Streamed` asks for it.
 
     A global batch shares its stage, of weights `ratio`, and its chunk, uniform over `chunk_T`, so that its samples have
     one size; the first chunk is made whole and from nothing with probability `text`, else from its first frame. With
     probability `corruption` each frame of a sample's history has noise of its own share, uniform up to 1/3. Local times
-    are uniform. fill: of `history_blocks`. All are functions of (seed, position). ValueError for samples of two global
+    are uniform. fill: of `history_blocks`. still (B,C,1,H,W): where chunks are clips of their own, the first frame
+    standing still for one; the first chunk is then made whole behind it, and it and the prefix have noise of a share
+    within `image_noise`, as in sampling. All are functions of (seed, position). ValueError for samples of two global
     batches in one call.
     """
     batches = set((positions // global_batch).tolist())
@@ -277,24 +299,32 @@ def pyramid_flow(
     ends = torch.unique_consecutive(chunk_T, return_counts=True)[1].cumsum(0).tolist()
     chunk = int(torch.randint(len(ends), (), generator=generator))
     from_text = float(torch.rand((), generator=generator)) < text
-    a, b = ([0, *ends][chunk], ends[chunk]) if chunk or from_text else (1, ends[0])
+    whole = chunk or from_text or still is not None
+    a, b = ([0, *ends][chunk], ends[chunk]) if whole else (1, ends[0])
     draws = [torch.rand(2 + a, generator=torch_generator(seed, "time", p)) for p in positions.tolist()]
     sigma_B, noisy_B, share_BT = torch.stack(draws).to(latents).split([1, 1, a], dim=1)
     past = latents[:, :, :a]
     noise = normal_like(past, seed, "history noise", positions)
     past = flow.interpolate(past, noise, share_BT / 3 * (noisy_B < corruption))
+    prefix = past[:, :, :1] if a else None
+    if still is not None and not (from_text and a == 0):
+        seeds = [derive_seed(seed, "image", p) for p in positions.tolist()]
+        prefix, still = image_noised(latents[:, :, :1], still, seeds, image_noise)
+        past = past if a else still
     return pyramid_at(latents, past, (a, b), normal_like(latents[:, :, a:b], seed, "noise", positions),
-                      TOP * (1 - sigma_B[:, 0]), stage, Stages(len(ratio)), fill)  # fmt: skip
+                      TOP * (1 - sigma_B[:, 0]), stage, Stages(len(ratio)), fill, prefix)  # fmt: skip
 
 
 def pyramid_at(
     latents: Tensor, past: Tensor, frames: tuple[int, int], noise: Tensor, sigma_B: Tensor, stage: int, stages: Stages,
-    fill: bool = True,
+    fill: bool = True, prefix: Tensor | None = None,
 ) -> Noised:  # fmt: skip
-    """`pyramid_flow` of latent frames a to b of clean latents, with given history past (B,C,a,H,W), noise and times."""
+    """`pyramid_flow` of latent frames a to b of clean latents, with given history past (B,C,a,H,W), noise and times;
+    prefix: the video's first frame in it, the first of the past unless given."""
     a, b = frames
     start, end = stages.path(latents[:, :, a:b], noise, stage)
     t_BT = sigma_B[:, None].expand(-1, b - a)
-    history = history_blocks(past, a, past[:, :, :1] if past.shape[2] else None, fill=fill)
+    prefix = past[:, :, :1] if prefix is None and past.shape[2] else prefix
+    history = history_blocks(past, a, prefix, fill=fill)
     x = flow.interpolate(end, start, t_BT)
     return Noised(x, t_BT, start - end, torch.ones_like(t_BT), history=history, stage=stage, frames=frames)

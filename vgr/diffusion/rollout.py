@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,20 @@ import torch
 from torch import Tensor
 
 from vgr.diffusion import flow
+from vgr.diffusion.pyramid import image_noised
 from vgr.diffusion.samplers import FrameNoise, chunk_bounds, few_step, frame_noise
-from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, LatentCameras, Layout, TextEncoder
+from vgr.types import (
+    Cameras,
+    Codec,
+    Conditioning,
+    Denoiser,
+    HistoryBlock,
+    LatentCameras,
+    Layout,
+    TextEncoder,
+    latents_holding,
+    raw_frames,
+)
 
 
 @torch.no_grad()
@@ -97,19 +109,31 @@ def self_forced(
     return torch.cat(pieces, dim=2), exits, states[-1]
 
 
+def image_history(
+    codec: Codec, images: Tensor, seeds: Sequence[int], noise: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """What a video of clips of their own goes on from, of images (B,3,1,H,W): `Streamed.new_state`'s latents.
+
+    Each row's noise, of a share within `noise`, is a function of its seed alone (warp adapter, spec 1.2, 1.3).
+    """
+    still = codec.encode(images.expand(-1, -1, raw_frames(codec.clip, codec.stride[0]), -1, -1))[:, :, -1:]
+    return image_noised(codec.encode(images), still, seeds, noise)
+
+
 class Session:
     """One video made as it is directed: `append` says what comes next, `frames` yields it chunk by chunk.
 
     denoiser: chunk-causal, with `new_state()`; codec: with `stream()`; text: a `TextEncoder`. sigmas: its times
     (`timesteps.few_step_sigmas`); chunk: latent frames of a chunk; fps: raw frames a second; size_hw: pixels.
-    first_frame (H,W,3) uint8: the image the video starts from. group_cameras: None for a model without cameras,
-    else `vgr.geometry.cameras.group_by_latent`. cut_prefix: what the model reads before the prompt in the first
-    chunk after a cut ("" if a new prompt is cut enough), None for a model that knows no cuts. story: a caption of the
-    whole, read before every prompt. renoise: see `samplers.few_step`. evidence: gives each chunk its `cond.history` as
-    it is about to be made, from its conditioning and the raw frames (n,H,W,3) uint8 of the one before, at a video's
-    start its image or None. The noise depends on `seed` and the frame alone, so the video does not depend on when its
-    pieces were appended. Autocast is the caller's; codec, cameras and evidence run outside it. ValueError for parts
-    that cannot stream or take no evidence, and sizes that do not fit.
+    first_frame (H,W,3) uint8: the image the video starts from. group_cameras: None for a model without cameras, else
+    `vgr.geometry.cameras.group_by_latent`. cut_prefix: what the model reads before the prompt in the first chunk after
+    a cut ("" if a new prompt is cut enough), None for a model that knows no cuts. story: a caption of the whole, read
+    before every prompt. renoise: see `samplers.few_step`. evidence: gives each chunk its `cond.history` as it is about
+    to be made, from its conditioning and the raw frames (n,H,W,3) uint8 of the one before, at a video's start its image
+    or None. Where the codec has clips, chunks are these, and the image is not a frame of the first one but what it goes
+    on from, with a share of noise within `image_noise`. The noise depends on `seed` and the frame alone, so the video
+    does not depend on when its pieces were appended. Autocast is the caller's; codec, cameras and evidence run outside
+    it. ValueError for parts that cannot stream or take no evidence, and sizes that do not fit.
     """
 
     def __init__(
@@ -129,6 +153,7 @@ class Session:
         story: str = "",
         renoise: bool = False,
         evidence: Callable[[Conditioning, Tensor | None], tuple[HistoryBlock, ...]] | None = None,
+        image_noise: tuple[float, float] = (0.0, 0.0),
         device: torch.device | str = "cpu",
     ) -> None:
         for part, needed in ((denoiser, "new_state"), (codec, "stream")):
@@ -140,6 +165,8 @@ class Session:
             raise ValueError(f"evidence is given, but {name} does not read cond.history; leave it out")
         if chunk < 1 or not 0 < fps < float("inf"):
             raise ValueError(f"chunk={chunk}, fps={fps}: a session needs chunk >= 1 latent frame and fps > 0")
+        if codec.clip not in (None, chunk):
+            raise ValueError(f"chunk={chunk}, but the codec's clips are {codec.clip} latent frames: one is the other")
         self.stride, height, width = codec.stride
         if size_hw[0] % height or size_hw[1] % width:
             raise ValueError(f"size_hw={tuple(size_hw)} must be multiples of the codec's stride ({height}, {width})")
@@ -154,6 +181,7 @@ class Session:
         self.device = torch.device(device)
         shape_CHW = (codec.channels, size_hw[0] // height, size_hw[1] // width)
         self._noise = frame_noise([seed], shape_CHW, device)
+        self._start = [seed], image_noise
         self._state = denoiser.new_state()
         self._decoder = codec.stream()
         self._image = first_frame
@@ -172,14 +200,15 @@ class Session:
 
         ValueError naming the nearest duration where no number of chunks is within half a frame of `seconds`.
         """
-        unit, wanted = self.chunk * self.stride, seconds * self.fps
+        clip, wanted = self.codec.clip, seconds * self.fps
+        unit = self.chunk * self.stride if clip is None else raw_frames(clip, self.stride)
         chunks = max(1, round(wanted / unit)) if abs(wanted) < float("inf") else 1
         if not abs(wanted - chunks * unit) <= 0.5:
             raise ValueError(
                 f"seconds={seconds:g} is {wanted:g} frames at {self.fps:g} a second, and this model makes chunks of "
                 f"{unit} frames ({unit / self.fps:g} s); the nearest that fits is seconds={chunks * unit / self.fps:g}"
             )
-        return chunks * unit + (self._latents == 0)
+        return chunks * unit + (self._latents == 0 and clip is None)
 
     @torch.no_grad()
     def append(self, prompt: str, seconds: float, cut: bool = False, camera: Cameras | None = None) -> None:
@@ -192,10 +221,11 @@ class Session:
         self._check(frames, cut, camera)
         camera = None if camera is None else camera.to(self.device)
         prompt = f"{self.story} {prompt}" if self.story else prompt  # as `data.modules` tells it in training
-        new = -(-frames // self.stride)
+        clip = self.codec.clip
+        new = -(-frames // self.stride) if clip is None else latents_holding(frames, self.stride, clip)
         total = self._latents + new
         self._shot += cut
-        layout = Layout.chunked(1, total, self.chunk).frames(self._latents, total)
+        layout = Layout.chunked(1, total, self.chunk, clips=clip is not None).frames(self._latents, total)
         layout = dataclasses.replace(layout, shot=layout.shot + self._shot)
         grouped = None if camera is None else self._grouped(camera)
         cond = Conditioning(layout, self.text(((prompt,),)), grouped).to(self.device)
@@ -244,12 +274,12 @@ class Session:
 
     @torch.no_grad()
     def _next(self) -> Tensor:
-        first = None if self._image is None else self._encode(self._image)
+        state, first = self._begun()
         cond = self._queue[0]
         if self.evidence is not None:
             with torch.autocast(self.device.type, enabled=False):
                 cond = dataclasses.replace(cond, history=self.evidence(cond, self._before)).to(self.device)
-        parts = (self.denoiser, self._state, cond, self.sigmas, self._noise, first)
+        parts = (self.denoiser, state, cond, self.sigmas, self._noise, first)
         latents, state = next(stream(*parts, renoise=self.renoise))
         with torch.autocast(self.device.type, enabled=False):
             video = self._decoder(latents)
@@ -259,7 +289,12 @@ class Session:
         self._before = frames
         return frames
 
-    def _encode(self, image: Tensor) -> Tensor:
+    def _begun(self) -> tuple[Any, Tensor | None]:
+        """The next chunk's state and given first latent frame: what the image is depends on the codec."""
+        if self._image is None:
+            return self._state, None
         with torch.autocast(self.device.type, enabled=False):
-            video = image.to(self.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
-            return self.codec.encode(video)
+            video = self._image.to(self.device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
+            if self.codec.clip is None:
+                return self._state, self.codec.encode(video)
+            return self.denoiser.new_state(*image_history(self.codec, video, *self._start)), None

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgr.types import latent_frames
+
 # Orthonormal luma/chroma axes in RGB: grey, red-blue, green against both.
 _COLOUR = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-0.5, 1.0, -0.5))
 
@@ -37,6 +39,8 @@ class CosineCodec(nn.Module):
         frequencies that is kept; those beyond the tuple are dropped. None keeps every band.
     latents_mean, latents_std: per-channel normalisation (C,), zero and one when not given. `fit` makes them.
     """
+
+    clip = None
 
     def __init__(
         self,
@@ -91,13 +95,7 @@ class CosineCodec(nn.Module):
 
     def latent_frames(self, frames: int) -> int:
         """T of F raw frames; ValueError unless F = 1 + n * stride[0]."""
-        if frames < 1 or (frames - 1) % self.stride[0]:
-            lower = 1 + max(frames - 1, 0) // self.stride[0] * self.stride[0]
-            raise ValueError(
-                f"{frames} frames do not fit the codec's temporal stride {self.stride[0]}; "
-                f"use 1 + n * {self.stride[0]}, for example {lower} or {lower + self.stride[0]}"
-            )
-        return 1 + (frames - 1) // self.stride[0]
+        return latent_frames(frames, self.stride[0])
 
     def encode(self, video: Tensor) -> Tensor:
         """(B,3,F,H,W) in [-1,1] to normalised latents (B,C,T,H/h,W/w), fp32; ValueError on sizes that do not fit."""

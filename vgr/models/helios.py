@@ -88,7 +88,12 @@ class Helios(nn.Module):
         settings = _settings(self.config)
         if wrong := [f"{k}={settings[k]}" for k, v in _NEEDED.items() if _listed(settings.get(k, v)) != v]:
             raise ValueError(f"model.options: {', '.join(wrong)}; history needs {_NEEDED}")
-        self.transformer = weights.build(HeliosTransformer3DModel, settings, meta=False)
+        plain = torch.get_default_dtype()
+        try:  # 28 GB, not 57, at the released size
+            torch.set_default_dtype(dtype_of("model", dtype))
+            self.transformer = weights.build(HeliosTransformer3DModel, settings, meta=False)
+        finally:
+            torch.set_default_dtype(plain)
         with torch.device("cpu"):  # its tables are not of the weights, so a model built on meta would never get them
             rope = self.transformer.rope
             self.transformer.rope = type(rope)((rope.DT, rope.DY, rope.DX), rope.theta)
@@ -266,6 +271,22 @@ def _listed(value: Any) -> Any:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     named = {theirs: config[ours] for ours, theirs in _SIZES.items()}
     return named | {"out_channels": config["in_channels"], **config["options"]}
+
+
+def staged(folder: str | Path) -> dict[str, bool]:
+    """How weights of a released folder are sampled, as its scheduler/ says: settings of `diffusion.pyramid.Streamed`.
+
+    ValueError for a scheduler that is none of Helios' in three stages, or shifts other than linearly (spec 1.4).
+    """
+    path = Path(folder, "scheduler", "scheduler_config.json")
+    told = json.loads(path.read_text())
+    kind, shifted = told.get("_class_name"), bool(told.get("use_dynamic_shifting", False))
+    types = {"HeliosDMDScheduler": "linear", "HeliosScheduler": "exponential"}  # what each shifts by unless told
+    if kind not in types or told.get("stages", 3) != 3 or told.get("shift", 1.0) != 1.0:
+        raise ValueError(f"{path}: {kind} of {told.get('stages', 3)} stages; {' or '.join(types)} of 3 is understood")
+    if shifted and told.get("time_shift_type", types[kind]) != "linear":
+        raise ValueError(f"{path}: times are shifted exponentially, which no released few-step weights need")
+    return {"distilled": kind == "HeliosDMDScheduler", "shifted": shifted}
 
 
 def to_diffusers(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,11 +2,13 @@
 
 Latents are normalised, z = (mode - mean) / std per channel, with the configuration's statistics. The decoder is
 causal: decoding in pieces, of any lengths, equals decoding at once, whole or in spatial tiles. The first latent frame
-is one image's and does not enter the past of the temporal up-samplers.
+is one image's and does not enter the past of the temporal up-samplers. With `clip`, as Helios has it, every so many
+latent frames are such a video of their own (warp adapter, spec 1.3).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from vgr.models import weights
 from vgr.nn import frozen
+from vgr.types import raw_frames
 
 _RELEASE = "The released VAE (0.5 GB, Apache 2.0) is vae/ of Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
@@ -28,7 +31,8 @@ class WanCodec(frozen.FrozenVAE):
     sample_posterior: latents drawn from the posterior, by a generator seeded with the clip, instead of its mode.
     tile, tile_stride: (height, width) in pixels of the pieces in which larger videos are encoded and decoded, and
         blended; None: whole. dtype: of weights and activations; latents and video are fp32 and stay on the device they
-        came from. device: where the weights go first.
+        came from. device: where the weights go first. clip: latent frames of a clip (Helios: 9, 33 raw frames), each
+        encoded and decoded by itself; None: one causal video.
     Raises ValueError or OSError for folders, weights and settings that do not fit.
     """
 
@@ -42,6 +46,7 @@ class WanCodec(frozen.FrozenVAE):
         tile_stride: Sequence[int] = (192, 192),
         dtype: str = "float32",
         device: str = "cpu",
+        clip: int | None = None,
     ) -> None:
         kind = frozen.dtype_of("codec", dtype)
         path = frozen.local("codec", folder, subfolder, revision, _RELEASE)
@@ -52,9 +57,21 @@ class WanCodec(frozen.FrozenVAE):
         super().__init__(vae, kind, mean, std, (4, 8, 8), sample_posterior, tile, tile_stride)
         self.config: dict[str, Any] = {
             "folder": str(folder), "subfolder": subfolder, "revision": revision, "sample_posterior": sample_posterior,
-            "tile": tile and list(tile), "tile_stride": list(tile_stride), "dtype": dtype,
+            "tile": tile and list(tile), "tile_stride": list(tile_stride), "dtype": dtype, "clip": clip,
         }  # fmt: skip
+        if clip is not None:
+            if clip < 2:
+                raise ValueError(f"codec.clip={clip}: at least 2 latent frames, or null")
+            self.clip, self.fingerprint = clip, hashlib.sha256(f"{self.fingerprint} {clip}".encode()).hexdigest()[:16]
         self.to(device)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """As `FrozenVAE.encode`, clip by clip where there are such; one image alone is the start of one."""
+        encode = super().encode
+        if self.clip is None or video.ndim != 5:
+            return encode(video)
+        self.latent_frames(video.shape[2])
+        return torch.cat([encode(part) for part in video.split(raw_frames(self.clip, self.stride[0]), 2)], 2)
 
     def stream(self) -> WanDecodeStream:
         """A decoder that takes a clip's latent frames piece by piece; equal to `decode`."""
@@ -68,8 +85,19 @@ class WanDecodeStream(frozen.VAEDecodeStream):
         super().__init__(codec)
         # diffusers' feat_cache by tile: a table with None where nothing has passed yet, like the list it makes.
         self.past: dict[tuple[int, int], defaultdict[int, Any]] = {}
+        self.at = 0  # latent frame within the clip
 
     def _decode(self, z: Tensor) -> Tensor:
+        clip, pieces = self.codec.clip or self.at + z.shape[2] + 1, []
+        while z.shape[2]:
+            if self.at == 0:
+                self.past = {}
+            part, z = z[:, :, : clip - self.at], z[:, :, clip - self.at :]
+            pieces.append(self._within(part))
+            self.at = (self.at + part.shape[2]) % clip
+        return torch.cat(pieces, dim=2)
+
+    def _within(self, z: Tensor) -> Tensor:
         codec, (_, h, w) = self.codec, self.codec.stride
         z = codec.vae.post_quant_conv(z)
         height, width = z.shape[3] * h, z.shape[4] * w

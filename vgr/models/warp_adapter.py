@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vgr.geometry.moving import Moving, carry, moving_mask, own_motion
 from vgr.geometry.warp import Keyframes, chunk_video, known_depth, warp
-from vgr.seeding import torch_generator
-from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layout
+from vgr.nn import lora
+from vgr.seeding import noised_frames
+from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layout, raw_frames
 
 # Depth (H,W) of an image (H,W,3) uint8, the raw frame of that number; 0 or not finite where nothing can be said.
 DepthOf = Callable[[Tensor, int], Tensor]
@@ -75,14 +76,7 @@ def evidence_block(
             f"{latents.shape[2]} latent frames of {len(latents)} rows need {1 + (latents.shape[2] - 1) * stride[0]} "
             f"raw frames and as many seeds, got {visible.shape[1]} and {len(seeds)}"
         )
-    noisy = latents.clone()
-    for row, seed in zip(noisy, seeds):
-        for i, place in enumerate(position.tolist()):
-            generator = torch_generator(seed, "evidence", place)
-            sigma = noise[0] + (noise[1] - noise[0]) * float(torch.rand((), generator=generator))
-            eps = torch.randn(row[:, i].shape, generator=generator).to(row)
-            row[:, i] = sigma * eps + (1 - sigma) * row[:, i]
-    return HistoryBlock(noisy, position, tier, keep)
+    return HistoryBlock(noised_frames(latents, seeds, "evidence", position, noise), position, tier, keep)
 
 
 def with_evidence(denoiser: Denoiser, evidence: Sequence[HistoryBlock] = (), from_time: float = 0.74) -> Denoiser:
@@ -103,6 +97,11 @@ def with_evidence(denoiser: Denoiser, evidence: Sequence[HistoryBlock] = (), fro
         cond = dataclasses.replace(cond, history=tuple(block for block in history if block is not None))
         return denoiser(x, t, cond, state, **options)
 
+    return _as(call, denoiser)
+
+
+def _as(call: Any, denoiser: Any) -> Denoiser:
+    """`call`, which has the denoiser's states and takes what it takes."""
     for name in ("new_state", "lean", "takes_history", "takes_cameras"):
         if hasattr(denoiser, name):
             setattr(call, name, getattr(denoiser, name))
@@ -117,10 +116,7 @@ def where_shown(adapted: Denoiser, frozen: Denoiser) -> Denoiser:
     ) -> tuple[Tensor, Any]:
         return (adapted if cond.history and not commit else frozen)(x, t, cond, state, commit=commit)
 
-    for name in ("new_state", "lean", "takes_history", "takes_cameras"):
-        if hasattr(frozen, name):
-            setattr(call, name, getattr(frozen, name))
-    return call
+    return _as(call, frozen)
 
 
 def _latest(t: Tensor, layout: Layout) -> Tensor:
@@ -153,6 +149,16 @@ def _still(depth: Tensor, mask_HW: np.ndarray) -> Tensor:
     """Depth without what moves; all of it where nothing else is known, as a keyframe has to show something."""
     still = torch.where(torch.from_numpy(mask_HW), 0, depth)
     return still if bool(known_depth(still).any()) else depth
+
+
+def without_adapters(model: torch.nn.Module) -> Denoiser:
+    """The model as it is without its adapters (`nn.lora`), frozen beside itself."""
+
+    def call(x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, **options: Any) -> tuple[Tensor, Any]:
+        with lora.without(model):
+            return model(x, t, cond, state, **options)
+
+    return _as(call, model)
 
 
 class WarpEvidence:
@@ -189,7 +195,8 @@ class WarpEvidence:
             return ()
         position, stride = cond.layout.position, self.codec.stride[0]
         begins = int(position[0]) == 0
-        a, b = (0 if begins else stride * (int(position[0]) - 1) + 1), stride * int(position[-1]) + 1
+        alone = begins or self.codec.clip is not None  # a clip of its own, behind nothing
+        a, b = (raw_frames(int(p), stride, self.codec.clip) for p in (position[0], position[-1] + 1))
         if b > self.cameras.c2w.shape[1]:
             raise ValueError(f"the rollout goes to raw frame {b - 1}, but the camera's path has only "
                              f"{self.cameras.c2w.shape[1]} frames: give a longer path or fewer seconds")  # fmt: skip
@@ -203,8 +210,9 @@ class WarpEvidence:
         if things:  # from here on only what stands still serves
             mask = np.any([thing.mask for thing in things], axis=0)
             self._kept[-1] = replace(self._kept[-1], depth=_still(self._kept[-1].depth, mask))
-        latents = self.codec.encode(video[None].to(position.device))[:, :, 0 if begins else 1 :]
-        shown = visible[None, 0 if begins else stride - 1 :]  # from the first latent frame's last raw frame on
+        video = video[:, 1:] if alone and not begins else video
+        latents = self.codec.encode(video[None].to(position.device))[:, :, 0 if alone else 1 :]
+        shown = visible[None, 0 if alone else stride - 1 :]  # from the first latent frame's last raw frame on
         return (evidence_block(latents, shown, position, [self.seed], stride=self.codec.stride, **self.select),)
 
     def _add(self, frames: Tensor, last: int) -> list[Moving]:

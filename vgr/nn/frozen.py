@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgr.seeding import torch_generator
-from vgr.types import TextStates
+from vgr.types import TextStates, latent_frames
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -165,6 +165,7 @@ class FrozenVAE(nn.Module):
     """
 
     tile_axes: tuple[str, ...] = ("height", "width")  # diffusers' names of what tiles cut
+    clip: int | None = None
 
     def __init__(
         self, vae: nn.Module, dtype: torch.dtype, mean: Tensor, scale: Tensor, stride: tuple[int, int, int],
@@ -201,15 +202,8 @@ class FrozenVAE(nn.Module):
         return cls(folder, **options)
 
     def latent_frames(self, frames: int) -> int:
-        """T of F raw frames; ValueError unless F = 1 + n * stride[0]."""
-        t = self.stride[0]
-        if frames < 1 or (frames - 1) % t:
-            lower = 1 + max(frames - 1, 0) // t * t
-            raise ValueError(
-                f"{frames} frames do not fit the codec's temporal stride {t}; "
-                f"use 1 + n * {t}, for example {lower} or {lower + t}"
-            )
-        return 1 + (frames - 1) // t
+        """T of F raw frames; ValueError unless F = 1 + n * stride[0], or whole clips."""
+        return latent_frames(frames, self.stride[0], self.clip)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

@@ -125,8 +125,11 @@ def shots_of(clips: list[Clip], generator: Any) -> Tensor:
     """The shot (B,T) of each latent frame of clips of one length."""
     import torch
 
-    latents = 1 + (len(clips[0].c2w) - 1) // generator.stride
-    return torch.from_numpy(np.stack([latent_shots(c.starts, latents, generator.stride) for c in clips]))
+    from vgr.types import latents_holding
+
+    stride, clip = generator.stride, generator.codec.clip
+    latents = latents_holding(len(clips[0].c2w), stride, clip)
+    return torch.from_numpy(np.stack([latent_shots(c.starts, latents, stride, clip) for c in clips]))
 
 
 def time_requests(
@@ -155,13 +158,14 @@ def _control_latency(generate: Callable[..., Any], clip: Clip, other: Clip, star
 def _chunk_starts(generator: Any, frames: int) -> list[int]:
     """First frames of the chunks that a chunk-causal model makes in turn; [] of one that makes all at once."""
     from vgr.diffusion.samplers import chunk_bounds
-    from vgr.types import Layout
+    from vgr.types import Layout, latents_holding, raw_frames
 
     if not getattr(generator, "chunk", None):
         return []
-    latents = 1 + (frames - 1) // generator.stride
-    bounds = chunk_bounds(Layout.chunked(1, latents, generator.chunk))
-    return [1 + (start - 1) * generator.stride for start, _ in bounds if start]
+    stride, clip = generator.stride, generator.codec.clip
+    latents = latents_holding(frames, stride, clip)
+    bounds = chunk_bounds(Layout.chunked(1, latents, generator.chunk, clips=clip is not None))
+    return [raw_frames(start, stride, clip) for start, _ in bounds if start]
 
 
 def frozen_row(

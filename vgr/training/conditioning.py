@@ -22,9 +22,10 @@ Captions = tuple[tuple[str, ...], ...]
 
 def conditioning(
     text: TextEncoder, captions: Captions, cameras: Cameras, shot_BT: Tensor, stride: int, chunk: int | None,
-    cut_prefix: str | None = None, cuts: bool = True,
+    cut_prefix: str | None = None, cuts: bool = True, clips: bool = False,
 ) -> Conditioning:  # fmt: skip
-    """For a denoiser; poses stay fp32 under autocast. stride: raw frames of a latent frame; chunk: latent frames.
+    """For a denoiser; poses stay fp32 under autocast. stride: raw frames of a latent frame; chunk: latent frames;
+    clips: chunks are clips of their own, which models with cameras do not know.
 
     Cuts are moved to chunk edges: a chunk shows the shot of most of its frames, of equals the earlier (causal video,
     spec 3.1). Without chunks every frame keeps its shot. cut_prefix: marks a cut, as `diffusion.rollout.Session` does:
@@ -33,9 +34,9 @@ def conditioning(
     """
     batch, frames = shot_BT.shape
     with torch.autocast(shot_BT.device.type, enabled=False):
-        grouped = group_by_latent(cameras, stride)
+        grouped = None if clips else group_by_latent(cameras, stride)
     prompt = None
-    layout = Layout.chunked(batch, frames, chunk or frames, shot_BT.device)
+    layout = Layout.chunked(batch, frames, chunk or frames, shot_BT.device, clips)
     if chunk is not None and bool((shot_BT != shot_BT[:, :1]).any()):
         parts = [shot_BT[:, layout.chunk == c] for c in layout.chunk.unique()]
         shot_BT = torch.cat([part.mode(dim=1, keepdim=True).values.expand_as(part) for part in parts], dim=1)

@@ -34,13 +34,16 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-def rebuild(checkpoint: Path, memory: Mapping[str, Any] | None = None, refiner: bool = False) -> dict[str, Any]:
+def rebuild(
+    checkpoint: Path, memory: Mapping[str, Any] | None = None, refiner: bool = False, merged: bool = True
+) -> dict[str, Any]:
     """{"model", "text", "codec"} with averaged weights; classes are chosen by name from KNOWN, never imported.
 
     memory: settings of a causal video model's memory, instead of its own. Of a refiner's run if `refiner`, else of one
-    that generates. FileNotFoundError or ValueError name what is missing, damaged or does not fit.
+    that generates. merged False: adapters stay apart, to be switched off (`nn.lora.without`). FileNotFoundError or
+    ValueError name what is missing, damaged or does not fit.
     """
-    record, tensors = read(checkpoint)
+    record, tensors = read(checkpoint, merged=merged)
     if (record["model"]["class"] == "Refiner") != refiner:
         told = "makes no refinement" if refiner else "refines what another run made: vgr-sample refiner=<it>"
         raise ValueError(f"{checkpoint} holds a {record['model']['class']}, which {told}")
@@ -49,11 +52,14 @@ def rebuild(checkpoint: Path, memory: Mapping[str, Any] | None = None, refiner: 
     for part in ("model", "text", "codec"):
         if record[part]["class"] not in KNOWN:
             raise ValueError(f"{checkpoint} needs a {record[part]['class']}; this version has {', '.join(KNOWN)}")
-        parts[part] = KNOWN[record[part]["class"]](**record[part]["config"])
+        kind, config = KNOWN[record[part]["class"]], record[part]["config"]
+        parts[part] = weights.build(kind, config) if part == "model" else kind(**config)
+    if "lora" in record and not merged:
+        lora.add(parts["model"], *(record["lora"][k] for k in ("rank", "alpha", "targets")))
     for part in ("model", "text"):
-        own = part_of(tensors, part)
-        checkpoints.match(own, {k: v.shape for k, v in parts[part].state_dict().items()}, checkpoint)
-        parts[part].load_state_dict(own)
+        own, there = part_of(tensors, part), parts[part].state_dict()
+        checkpoints.match(own, {k: v.shape for k, v in there.items()}, checkpoint)
+        parts[part].load_state_dict({k: v.to(there[k].dtype) for k, v in own.items()}, assign=part == "model")
     return parts
 
 
@@ -116,12 +122,12 @@ def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def read(
-    source: str | Path, part: str = "ema", revision: str | None = None
+    source: str | Path, part: str = "ema", revision: str | None = None, merged: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """generator.json and tensors (`model.*`, `text.*`) of a run (`part`: ema or weights), or weights in any form.
 
-    Adapters, a run's or a folder of PEFT's, come merged into their base. Of weights there is no text, and the record
-    has the model only.
+    Adapters, a run's or a folder of PEFT's, come merged into their base, a run's beside it if not `merged`. Of weights
+    there is no text, and the record has the model only.
     FileNotFoundError or ValueError say what is missing, damaged, not a world model, or a base that has changed.
     """
     try:
@@ -134,7 +140,8 @@ def read(
     record, tensors = checkpoints.read_generator(folder), checkpoints.read_weights(folder, part)
     if "lora" in record:
         told = record["lora"]
-        tensors = lora.merge(_base(told, folder), tensors, told["alpha"] / told["rank"])
+        base = _base(told, folder)
+        tensors = lora.merge(base, tensors, told["alpha"] / told["rank"]) if merged else base | tensors
     return record, tensors
 
 

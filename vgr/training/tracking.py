@@ -59,6 +59,13 @@ class Record:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def asked(logger: str | None) -> bool:
+    """Whether logger= is wandb; ValueError for another."""
+    if logger not in (None, "wandb"):
+        raise ValueError(f"logger={logger}: choose wandb, or null for metrics.jsonl alone")
+    return logger is not None
+
+
 @rank_zero_only
 def start_wandb(
     run_dir: Path, config: dict[str, Any], project: str, entity: str | None, mode: str, job: str = "train",
@@ -69,7 +76,7 @@ def start_wandb(
     mode: online, offline, or auto: offline unless a key is set. Raises ValueError if wandb is not installed.
     """
     if mode not in ("auto", "online", "offline"):
-        raise ValueError(f"logger.mode={mode}: choose auto, online or offline")
+        raise ValueError(f"wandb.mode={mode}: choose auto, online or offline")
     try:
         import wandb
     except ImportError as error:

@@ -17,7 +17,7 @@ from vgr.seeding import derive_seed
 from vgr.training.conditioning import conditioning, dropped
 from vgr.training.validation import Validation, told_gain
 from vgr.training.world_model import WorldModelTraining
-from vgr.types import Codec, Conditioning, HistoryBlock, VideoBatch
+from vgr.types import Codec, Conditioning, HistoryBlock, VideoBatch, raw_frames
 
 _DRAWS = 4  # chunks and times that each validation clip is measured at
 
@@ -54,23 +54,30 @@ class WarpAdapterTraining(WorldModelTraining):
         if rule not in RULES or not 0 <= threshold <= 1:
             raise ValueError(f"training.rule={rule}, training.threshold={threshold}: {' or '.join(RULES)}, and 0 to 1")
         self.codec_stride, self.evidence = tuple(codec.stride), {"threshold": threshold, "rule": rule}
+        self.codec_clip = codec.clip
 
     def _sample_losses(self, batch: VideoBatch) -> Tensor:
         captions, _ = dropped(batch, self.seed, self.text_dropout, 0.0)
         cond = self._cond(self.text, captions, batch)
-        noised = self.objective(batch.latents, batch.position, cond.layout.chunk, self.seed)
+        noised = self._noised(batch, batch.position, cond, self.seed)
         torch.manual_seed(derive_seed(self.seed, "step", int(batch.position[0])))
         return self._losses(self.model, noised, cond, self._evidence(batch, noised.frames, batch.position))
 
     def _cond(self, text: nn.Module, captions: tuple[tuple[str, ...], ...], batch: VideoBatch) -> Conditioning:
-        return conditioning(text, captions, batch.cameras, batch.shot, self.stride, self.chunk, self.cut_prefix)
+        args = (captions, batch.cameras, batch.shot, self.stride, self.chunk, self.cut_prefix)
+        return conditioning(text, *args, clips=self.codec_clip is not None)
+
+    def _noised(self, batch: VideoBatch, positions: Tensor, cond: Conditioning, seed: int) -> Noised:
+        still = {} if batch.warp is None or batch.warp.still is None else {"still": batch.warp.still}
+        return self.objective(batch.latents, positions, cond.layout.chunk, seed, **still)
 
     def _evidence(self, batch: VideoBatch, frames: tuple[int, int], positions: Tensor) -> HistoryBlock:
         """The warps of latent frames a to b, with noise that is a function of (seed, position)."""
         if batch.warp is None:
             raise ValueError("these shards hold no warps; give data.video=<one shot>")
         a, b = frames
-        visible = batch.warp.visible[:, a * self.stride : (b - 1) * self.stride + 1]
+        begin = a * self.stride if self.codec_clip is None else raw_frames(a, self.stride, self.codec_clip)
+        visible = batch.warp.visible[:, begin : raw_frames(b, self.stride, self.codec_clip)]
         seeds = [derive_seed(self.seed, "evidence", p) for p in positions.tolist()]
         at = torch.arange(a, b, device=batch.latents.device)
         return evidence_block(
@@ -96,7 +103,7 @@ class WarpAdapterTraining(WorldModelTraining):
             found = []
             for draw in range(_DRAWS):
                 positions = (number * _DRAWS + draw) * self.global_batch + torch.arange(len(batch.keys))
-                noised = self.objective(batch.latents, positions, cond.layout.chunk, seed)
+                noised = self._noised(batch, positions, cond, seed)
                 evidence = self._evidence(batch, noised.frames, positions)
                 with lora.without(model):
                     frozen = [self._losses(model, noised, cond, *given) for given in ((), (evidence,))]

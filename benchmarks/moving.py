@@ -166,8 +166,10 @@ class Model:
     def _denoiser(self, noise: FrameNoise) -> Denoiser:
         one = self.generator
         if one.sampling["method"] == "pyramid":
-            return Streamed(self.base, noise, (one.sampling["steps"],) * one.model.stages, coarse=one.model)
-        return with_evidence(where_shown(one.model, self.base))
+            steps = (one.sampling["steps"],) * one.model.stages
+            shown = (one.sampling.get("staged") or {}).get("shown", 1)  # as it was trained
+            return Streamed(self.base, noise, steps, coarse=one.model, shown=shown)
+        return with_evidence(where_shown(one.model, self.base), from_time=one.sampling.get("from_time", 0.74))
 
     @torch.no_grad()
     def made(self, shot: Shot, depth: NDArray[np.float32], seed: int) -> dict[str, Frames]:

@@ -132,9 +132,9 @@ def test_the_codec_works_in_fp32_whatever_the_model_works_in():
     generator = Generator(parts, _record(), "x", "", {}, sampling, "cpu")
     images = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images, latents = images.numpy(), _normal(2, codec.channels, 3, 4, 4)
-    encoded, decoded = generator._encode(images), generator.decoded(codec.decode, latents)
+    encoded, decoded = generator._encode(images, [0]), generator.decoded(codec.decode, latents)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(generator._encode(images), encoded)
+        assert torch.equal(generator._encode(images, [0]), encoded)
         assert (generator.decoded(codec.decode, latents) == decoded).all()
 
 

@@ -37,9 +37,9 @@ def psnr(a, b):
     return -10 * np.log10(np.mean((a - b) ** 2))
 
 
-# Left out. Rising in rooms 0 and 3: a box's top is 5 to 16 pixels high, so steep that its quads are torn, and shows in
-# stripes; in room 7 a top of 0.4 pixel lies between two rows of centres. Round in room 9: a box turns a side that was
-# never seen, and what it now hides shows through.
+# Left out. Rising in rooms 0 and 3: a box top, 5 and 10 pixels high at the median, is so steep that its quads are torn,
+# and shows in stripes; in room 7 a top lies between two rows of centres. Round in room 9: the part of a sphere that was
+# beyond the frame's edge comes into view, and what it hides, which was seen, shows through.
 LEFT_OUT = {0: "pedestal", 3: "pedestal", 7: "pedestal", 9: "orbit"}
 
 

@@ -47,7 +47,7 @@ from vgr.geometry.depth import densify
 from vgr.geometry.moving import Moving, carry, moving_mask, own_motion
 from vgr.geometry.warp import Keyframes, Warped, warp
 from vgr.metrics.statistics import mean_interval, paired
-from vgr.models.warp_adapter import MOVING, WarpEvidence, where_shown, with_evidence
+from vgr.models.warp_adapter import FROM_TIME, MOVING, WarpEvidence, where_shown, with_evidence
 from vgr.report import media
 from vgr.seeding import derive_seed, numpy_generator
 from vgr.training.conditioning import conditioning
@@ -169,7 +169,7 @@ class Model:
             steps = (one.sampling["steps"],) * one.model.stages
             shown = (one.sampling.get("staged") or {}).get("shown", 1)  # as it was trained
             return Streamed(self.base, noise, steps, coarse=one.model, shown=shown)
-        return with_evidence(where_shown(one.model, self.base), from_time=one.sampling.get("from_time", 0.74))
+        return with_evidence(where_shown(one.model, self.base), from_time=one.sampling.get("from_time", FROM_TIME))
 
     @torch.no_grad()
     def made(self, shot: Shot, depth: NDArray[np.float32], seed: int) -> dict[str, Frames]:

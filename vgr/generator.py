@@ -175,7 +175,7 @@ class Generator:
         """
         from vgr.diffusion.pyramid import Streamed
         from vgr.diffusion.samplers import frame_noise
-        from vgr.models.warp_adapter import where_shown, with_evidence
+        from vgr.models.warp_adapter import FROM_TIME, where_shown, with_evidence
 
         height, width = (s // p for s, p in zip(self.size_hw, self.codec.stride[1:]))
         noise = frame_noise(seeds, (self.codec.channels, height, width), self.device)
@@ -183,7 +183,7 @@ class Generator:
             steps = (self.sampling["steps"],) * self.model.stages
             denoiser = Streamed(base or denoiser, noise, steps, coarse=denoiser, **self._staged()[1])
         elif base is not None:
-            denoiser = with_evidence(where_shown(denoiser, base), from_time=self.sampling.get("from_time", 0.74))
+            denoiser = with_evidence(where_shown(denoiser, base), from_time=self.sampling.get("from_time", FROM_TIME))
         return denoiser, noise
 
     def frames(self, seconds: float) -> int:

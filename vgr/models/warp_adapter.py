@@ -26,6 +26,7 @@ from vgr.types import Cameras, Codec, Conditioning, Denoiser, HistoryBlock, Layo
 DepthOf = Callable[[Tensor, int], Tensor]
 RULES = ("area", "center")  # of `select_tokens`
 MOVING = ("keep", "drop", "carry")
+FROM_TIME = 0.74  # evidence is read at times from there on: Helios' first stage (8.3)
 MAX_RESCALE = 10.0  # of a keyframe's depth, to that of the scene so far (2.1)
 _LOOK_BACK = 9  # frames before a chunk in which what moves is sought
 
@@ -79,7 +80,7 @@ def evidence_block(
     return HistoryBlock(noised_frames(latents, seeds, "evidence", position, noise), position, tier, keep)
 
 
-def with_evidence(denoiser: Denoiser, evidence: Sequence[HistoryBlock] = (), from_time: float = 0.74) -> Denoiser:
+def with_evidence(denoiser: Denoiser, evidence: Sequence[HistoryBlock] = (), from_time: float = FROM_TIME) -> Denoiser:
     """`denoiser` with `evidence` beside what cond.history holds, all of it only at times from `from_time` on (8.3).
 
     The time that counts is a sample's chunk's, the latest of its frames: a given first frame stands at 0. Chunks below

@@ -6,7 +6,7 @@ RUN := runs/world_model/tiny/seed1
 TIMES := [1.0,0.947,0.857,0.667,0.0]
 FIRST := $(RUN)/bench/smoke/truth/val-000007.mp4
 
-.PHONY: demo chain stories test test-slow test-gpu test-multigpu lint clean
+.PHONY: demo chain stories test test-slow test-gpu test-multigpu gpu8 lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/vgr-prepare data=doom_tiny
@@ -58,6 +58,10 @@ test-slow: $(VENV)/.ready-test
 
 test-gpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m gpu
+
+# Every layout on a node of eight GPUs against one of them, under ten minutes; the column it adds is printed.
+gpu8: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.layouts --accelerator gpu --ranks 8 --out benchmarks/results/layouts.json
 
 test-multigpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m multigpu

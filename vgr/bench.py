@@ -20,16 +20,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgr import command
 from vgr.command import progress
+from vgr.training.code_state import environment
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -85,6 +83,8 @@ def body(cfg: DictConfig) -> None:
     told = {"protocol": protocol, "checkpoint": cfg.checkpoint, "videos": cfg.videos}
     asked = tracking.asked(cfg.logger) and cfg.part is None
     run = tracking.start_wandb(out, told, **cfg.wandb, job="evaluate", step="time_s") if asked else None
+    if run is not None:
+        print(tracking.where(run))
     page = bench(
         protocol, out, generator=generator, videos=videos, shards=shards, requests=requests, run_dir=run_dir,
         batch=cfg.batch_size, part=(int(part[1]), int(part[2])), weights=weights, statistics=statistics, device=device,
@@ -290,23 +290,6 @@ def bench_between(
                 and c["value"] is not None}  # fmt: skip
 
     return measure
-
-
-def environment() -> dict[str, Any]:
-    """Commit (None outside a checkout), device and versions: what a number was measured with."""
-    import torch
-
-    root, commit = command.root(), None
-    if (root / ".git").exists():
-        call = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-        commit = call.stdout.strip() or None
-    packages = ("vgr", "torch", "numpy", "scipy", "opencv-python-headless", "av", "torchmetrics")
-    cuda = torch.cuda.is_available()
-    return {
-        "commit": commit,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
-    }
 
 
 if __name__ == "__main__":

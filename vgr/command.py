@@ -100,8 +100,8 @@ def run(config_name: str, body: Callable[[DictConfig], None]) -> None:
 
 # Settings that decide how a run is carried out, not what comes out of it (micro_batch, backends: up to rounding).
 NOT_RESULTS = (
-    "trainer", "logger", "wandb", "every", "bench", "keep", "runs", "resume", "hydra", "data.workers",
-    "data.micro_batch", "model.attention_backend", "model.scan_backend",
+    "trainer", "fsdp", "compile", "logger", "wandb", "plan", "profile", "watchdog_s", "every", "bench", "keep", "runs",
+    "resume", "hydra", "data.workers", "data.micro_batch", "model.attention_backend", "model.scan_backend",
 )  # fmt: skip
 
 

@@ -321,19 +321,23 @@ class Generator:
 def sample_writer(
     record: dict[str, Any], codec: Any, batch: VideoBatch, seed: int, clips: int = 4
 ) -> Callable[[Any, Path], None]:
-    """A function (module, path) that writes one video: held-out clips, truth left and averaged model right."""
+    """A function (module, path, writes) that makes one video: held-out clips, truth left and averaged model right.
+
+    writes False: made, as a split model needs every rank, but left to another rank to write.
+    """
     from vgr.data.video import write_video
     from vgr.types import Cameras
 
     cameras = Cameras(batch.cameras.c2w[:clips], batch.cameras.intrinsics[:clips])
     captions, shot = batch.captions[:clips], batch.shot[:clips]
 
-    def write(module: Any, path: Path) -> None:
+    def write(module: Any, path: Path, writes: bool = True) -> None:
         parts = {**module.ema, "codec": codec}
         generator = Generator(parts, record, path.stem, "", {}, record["sampling"], module.device.type)
         truth = generator.decoded(codec.decode, batch.latents[:clips].to(module.device))
         made, _ = generator(truth[:, 0], cameras, captions, [seed + i for i in range(len(captions))], shot=shot)
-        pairs = np.concatenate([truth, made], axis=3)
-        write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])  # clips below each other
+        if writes:  # clips below each other
+            pairs = np.concatenate([truth, made], axis=3)
+            write_video(path, np.concatenate(list(pairs), axis=1), record["fps"])
 
     return write

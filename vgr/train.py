@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vgr import command
+from vgr import command, trainer
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -43,7 +43,7 @@ def body(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig, run_dir: Path) -> None:
-    """Train cfg in run_dir, continuing what is found there; the last step validates and saves.
+    """Train cfg in run_dir, continuing what is found there; the last step validates and saves. Or tell the plan of it.
 
     Raises ValueError or OSError, before a GPU is held, for settings, data and checkpoints that do not fit;
     FloatingPointError, naming the last good checkpoint, when loss or gradient stop being finite.
@@ -57,7 +57,12 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     command.check_targets(cfg)
     with torch.device("meta"):  # settings that cannot be are refused before weights are read
         instantiate(cfg.model)
-    settings = trainer_settings(cfg)
+    if cfg.plan:
+        from vgr import planner
+
+        planner.tell(cfg, rank_zero_only(print))
+        return
+    settings = trainer.settings(cfg)
     if told := budget.of_training(cfg, settings):
         rank_zero_only(print)(told)
     config = OmegaConf.to_container(cfg, resolve=True)
@@ -68,13 +73,12 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     if cfg.lora.rank:  # the base is not in the checkpoints: it too is known by hash
         config["init_from_sha256"] = checkpoints.tensors_hash(initial)
     if checkpoint is not None:
-        checkpoints.verify(checkpoint)
         refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)
-    module, data, codec = build(cfg, initial)
+    module, data, codec = build(cfg, initial, checkpoint is not None)
     del initial  # 11 GB at full size
     steps = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
     try:
-        fit(settings, steps, module, data)
+        trainer.fit(settings, steps, module, data, cfg.compile)
     except FloatingPointError as error:
         good = checkpoints.latest(run_dir / "checkpoints")
         raise FloatingPointError(f"{error}; last good checkpoint: {good or 'none yet'}") from error
@@ -88,17 +92,27 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to continue from: `auto` the run's latest, null none, else a path inside run_dir."""
+    """The checkpoint to continue from, a whole one: null none, `auto` the run's newest, else a path inside run_dir.
+
+    A requeued run has nobody to choose: where the newest is damaged `auto` goes back to an earlier one, and says so.
+    """
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
     from vgr.training import checkpoints
 
     folder = run_dir / "checkpoints"
     if resume is None and checkpoints.latest(folder) is not None:
         raise ValueError(f"resume=null, but {run_dir} holds a run: remove that folder, or use resume=auto")
     if resume in (None, "auto"):
-        return checkpoints.latest(folder)
+        good, wrong = checkpoints.newest_good(folder)
+        if wrong:
+            told = f"{'; '.join(wrong)}. Continuing from {good.name}, the newest that is whole"
+            rank_zero_only(print)(f"vgr-train: warning: {told}", file=sys.stderr)
+        return good
     chosen = checkpoints.resolve(Path(resume))
     if chosen.resolve().parent != folder.resolve():
         raise ValueError(f"resume={resume} is not a checkpoint of {run_dir}; init_from={resume} takes its weights only")
+    checkpoints.verify(chosen)
     return chosen
 
 
@@ -116,17 +130,23 @@ def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], checkpoint: 
 
 
 def build(
-    cfg: DictConfig, initial: dict[str, Tensor] | None = None
+    cfg: DictConfig, initial: dict[str, Tensor] | None = None, going_on: bool = False
 ) -> tuple[callbacks.Training, pl.LightningDataModule, Any]:
-    """Training module, data and codec of a configuration, started from `initial`, checked. Raises ValueError."""
+    """Training module, data and codec of a configuration, started from `initial`, checked. Raises ValueError.
+
+    going_on: a checkpoint's weights will take their place.
+    """
+    import contextlib
+
     import torch
     from hydra.utils import instantiate
 
+    from vgr.models import surgery as surgery_
     from vgr.nn import lora
     from vgr.prepare import one_video
     from vgr.seeding import derive_seed
     from vgr.training.conditioning import cached_text
-    from vgr.training.rebuild import refuse_other_codec
+    from vgr.training.rebuild import part_of, refuse_other_codec
     from vgr.training.teacher_paths import refuse_other_shards
 
     codec = instantiate(cfg.codec)
@@ -150,14 +170,19 @@ def build(
             raise ValueError(f"every.{name}={cfg.every[name]}: a refiner makes no videos of its own; set it to 0")
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = cached_text(data, cfg.text) or instantiate(cfg.text)
-    model = instantiate(cfg.model)
+    # Of a split model no rank makes the whole: weights that are there are read when it is split, part by part. A judge
+    # and adapters are drawn after the model's own numbers, which a model without memory does not draw.
+    drawn = cfg.surgery or cfg.lora.rank or cfg.training.get("judge")
+    later = (initial is not None or going_on) and cfg.trainer.strategy == "fsdp" and not drawn
+    with torch.device("meta") if later else contextlib.nullcontext():
+        model = instantiate(cfg.model)
     prepared = [shards.manifest["extra"].get("settings", {}) for shards in data.train_sets]
     if model.takes_cameras and any(own.get("cameras", "") is None for own in prepared):
         raise ValueError("data.train was prepared with source.cameras=null, but this model takes cameras")
     if initial is not None:
         if "latents" not in cfg.surgery:
             refuse_other_codec("init_from", cfg.init_from, codec)
-        load_initial({"model": model, "text": text}, initial, cfg.surgery)
+        load_initial({"text": text} if later else {"model": model, "text": text}, initial, cfg.surgery)
     if cfg.lora.rank:
         if text.state_dict() and not any(name.startswith("text.") for name in initial):
             raise ValueError(
@@ -168,6 +193,8 @@ def build(
         lora.add(model, **cfg.lora)
     roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg, codec)}
     module = instantiate(cfg.training, **roles, seed=cfg.seed)
+    if later and initial is not None:
+        module.initial = surgery_.convert(part_of(initial, "model"), model.state_dict(), ())
     if cfg.critic_from is not None and not hasattr(module, "critic"):
         raise ValueError(f"critic_from={cfg.critic_from}: {cfg.training._target_} has no critic; leave it null")
     if initial is not None and cfg.critic_from is not None:
@@ -268,70 +295,12 @@ def prepare_run(
     rank_zero_only(write_text)(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if checkpoint is not None:
         rank_zero_only(checkpoints.point_latest)(checkpoint)
-    wandb_run = tracking.start_wandb(run_dir, config, **cfg.wandb) if tracking.asked(cfg.logger) else None
-    record = tracking.Record(run_dir / "metrics.jsonl", state["time_s"], wandb_run)
-    record.rewind(module.samples_seen)
+    wandb = cfg.wandb if tracking.asked(cfg.logger) else None
+    record = tracking.start(run_dir, config, state["samples_seen"], state["time_s"], wandb, print)
     write = sample_writer(generator, codec, batches[0], cfg.seed)
     measure = bench_between(generator, codec, cfg.data.val, cfg.bench) if cfg.every.bench else None
-    told = (config, generator, batches, write, measure)
+    told = (config, generator, batches, write, measure, cfg.profile, cfg.watchdog_s)
     return callbacks.BetweenSteps(run_dir, checkpoint, record, cfg.every, cfg.keep, *told)
-
-
-def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
-    """cfg.trainer with accumulation, and with `precision: auto` as bf16-mixed on a GPU that has it, else fp32.
-
-    Raises ValueError for a GPU that is not there, devices or a precision it cannot take, batches that do not divide.
-    """
-    import logging
-
-    import torch
-
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    settings = OmegaConf.to_container(cfg.trainer, resolve=True)
-    on_gpu = settings["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if settings["accelerator"] in ("gpu", "cuda") and not on_gpu:
-        raise ValueError(f"trainer.accelerator={settings['accelerator']}, but torch finds no GPU: use cpu")
-    if settings["precision"] == "auto":
-        settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-    if settings["precision"] not in ("bf16-mixed", "32-true"):
-        raise ValueError(
-            f"trainer.precision={settings['precision']}: choose auto, bf16-mixed or 32-true; weights stay fp32, and "
-            "gradients are clipped without a loss scaler"
-        )
-    if not isinstance(settings["devices"], int) or settings["devices"] < 1:
-        raise ValueError(f"trainer.devices={settings['devices']}: give their number; the global batch is dealt to them")
-    world = settings["devices"] * settings["num_nodes"]
-    batch, micro = cfg.training.global_batch, cfg.data.micro_batch
-    if micro < 1 or batch % (micro * world):
-        raise ValueError(
-            f"training.global_batch={batch} is not a multiple of data.micro_batch={micro} x {world} devices"
-        )
-    return {**settings, "accumulate_grad_batches": batch // (micro * world)}
-
-
-def fit(
-    settings: dict[str, Any], steps: callbacks.BetweenSteps, module: callbacks.Training, data: pl.LightningDataModule
-) -> None:
-    """The remaining steps, if any."""
-    import warnings
-
-    from hydra.utils import instantiate
-
-    if data.start_batch >= data.total_batches:
-        return
-    if not module.automatic_optimization:  # it accumulates itself, and a backward pass reaches one of two networks
-        settings = {**settings, "accumulate_grad_batches": 1}
-        if settings["devices"] * settings["num_nodes"] > 1 and settings["strategy"] in ("auto", "ddp"):
-            settings["strategy"] = "ddp_find_unused_parameters_true"
-    trainer = instantiate(
-        settings,
-        logger=False, callbacks=[steps], max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=str(steps.run_dir),
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
-        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
-        trainer.fit(module, datamodule=data)
 
 
 def generator_record(
@@ -363,6 +332,8 @@ def preset_table() -> str:
     import torch
     from hydra.utils import instantiate
 
+    from vgr import planner
+
     rows = []
     for name in command.presets():
         cfg = command.compose("train", [f"experiments={name}"])
@@ -370,8 +341,9 @@ def preset_table() -> str:
             modules = [instantiate(cfg.model), instantiate(cfg.text)]
         parameters = sum(p.numel() for m in modules for p in m.parameters())
         header = dict(re.findall(r"^# (\w+): *(.*)$", command.preset_file(name).read_text(), re.MULTILINE))
-        # Weights, gradients, average and two moments in fp32; activations come on top.
-        memory = header.get("Memory") or f"about {parameters * 20 / 2**30:.2f} GiB and activations (estimated)"
+        if (memory := header.get("Memory")) is None:
+            held = planner.held(planner.module_of(cfg), planner.Layout())
+            memory = f"about {sum(held.values()) / 2**30:.2f} GiB and activations (estimated; plan=true tells them)"
         rows.append(
             f"experiments={name}\n"
             f"  parameters {parameters / 1e6:.1f} M   devices {header['Hardware']}   memory {memory}\n"

@@ -1,9 +1,11 @@
 """Killed at any moment and started again, a run ends with the weights of a run never interrupted, bit for bit."""
 
 import random
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,21 +85,24 @@ def test_sigterm_saves_and_stops_and_goes_on(undisturbed):
     assert_equal_runs(whole, run)
 
 
-def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_can_be_chosen(undisturbed):
-    import shutil
-
+def test_from_a_damaged_checkpoint_the_one_before_is_continued_and_told(undisturbed):
     folder, whole = undisturbed
     run = folder / "damaged/mini/seed1"
-    shutil.copytree(whole, run)
+    shutil.copytree(whole, run, symlinks=True)
     (run / "validation.json").unlink()
     latest = checkpoints.latest(run / "checkpoints")
     file = next((latest / "weights").iterdir())
     file.write_bytes(file.read_bytes()[:-10])
-    refused = train(folder, "runs=damaged")
+    refused = train(folder, "runs=damaged", f"resume={latest}")
     assert refused.returncode == 2 and file.name in refused.stderr and len(refused.stderr.splitlines()) == 1
-    earlier = refused.stderr.split("resume=")[1].split()[0]
-    assert train(folder, "runs=damaged", f"resume={earlier}").returncode == 0
+    earlier = Path(refused.stderr.split("resume=")[1].split()[0])
+    done = train(folder, "runs=damaged")
+    told = [line for line in done.stderr.splitlines() if line.startswith("vgr-train: warning: ")]
+    assert done.returncode == 0 and len(told) == 1 and file.name in told[0] and earlier.name in told[0]
     assert_equal_runs(whole, run)
+    best = checkpoints.resolve(run / "checkpoints/best")
+    losses = [line["val/loss"] for line in metrics(run) if "val/loss" in line]
+    assert checkpoints.validation_loss(best) == min(losses)
 
 
 def test_micro_batches_change_nothing_but_rounding(undisturbed):

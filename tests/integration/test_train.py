@@ -14,7 +14,8 @@ from vgr.training import checkpoints
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("train"))
-    done = train(folder, "training.max_samples=480", "every.sample=240", "logger=wandb", "wandb.mode=offline")
+    more = ("logger=wandb", "wandb.mode=offline", "profile=true")
+    done = train(folder, "training.max_samples=480", "every.sample=240", *more)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, folder / "runs/mini--training.max_samples-480/seed1", done
 
@@ -47,6 +48,23 @@ def test_the_run_folder_is_complete(trained):
     lines = metrics(run)
     assert [x["samples_seen"] for x in lines if "train/loss" in x] == list(range(8, 481, 8))
     assert {"val/loss", "val/loss_t0.2", "val/loss_shuffled_camera", "val/camera_gain"} <= set(lines[-1])
+    raw = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in (x for x in raw if "train/loss" in x):
+        assert line["perf/tokens_per_s"] == pytest.approx(5 * 4 * 4 * line["perf/samples_per_s"])
+        assert line["perf/frames_per_s"] == pytest.approx(17 * line["perf/samples_per_s"])
+        assert 0 <= line["perf/data_wait"] <= 1 and line["perf/pause_s"] >= 0 and "perf/mfu" not in line
+    paused = {x["samples_seen"] for x in raw if x.get("perf/pause_s", 0) > 0}
+    assert {32, 56, 88} <= paused and 16 not in paused  # the intervals behind a save at 24, 48 and 80
+
+
+def test_where_the_run_is_and_what_ran_is_told(trained):
+    _, run, done = trained
+    told = [line for line in done.stdout.splitlines() if line.startswith("W&B offline: ")]
+    assert len(told) == 2 and told[0] == told[1] and "wandb sync runs/" in told[0]
+    (start,) = json.loads((run / "code.json").read_text())
+    assert start["versions"].keys() >= {"vgr", "torch", "wandb"} and start["command"].startswith("vgr-train")
+    assert sorted(p.name for p in (run / "profile").iterdir()) == ["rank0.json.gz", "rank0.txt"]
+    assert f"{run.relative_to(run.parents[2])}/profile" in done.stderr
 
 
 def test_the_average_differs_from_the_weights_and_is_what_validation_sees(trained):

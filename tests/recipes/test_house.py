@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "vgr").rglob("*.py"))
 BASE = {"types", "seeding"}
-COMMANDS = {"command", "train", "sample", "bench", "prepare", "export"}
+COMMANDS = {"command", "train", "trainer", "planner", "sample", "bench", "prepare", "export"}
 LIBRARY = {"geometry", "nn", "models", "diffusion", "distillation", "parallel", "metrics", "data"}
 MAY_IMPORT = {
     "types": set(),

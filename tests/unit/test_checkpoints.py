@@ -6,13 +6,15 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from vgr.training import checkpoints, optim
+from vgr.training import checkpoints, optim, saving
 
 
 def network(seed=0):
@@ -32,14 +34,16 @@ def adamw(model):
     return optim.adamw(model, 1e-2, 0.1, (0.9, 0.99), 1e-8)
 
 
-def save(folder, step, model, optimizer):
-    ema = {k: v + 1 for k, v in model.state_dict().items()}
-    parts = {
+def parts(model, optimizer):
+    return {
         "weights": model.state_dict(),
-        "ema": ema,
+        "ema": {k: v + 1 for k, v in model.state_dict().items()},
         "optimizer": checkpoints.optimizer_tensors(model, [optimizer]),
     }
-    return checkpoints.save(folder, step, parts, {"samples_seen": step}, {"format": 1})
+
+
+def save(folder, step, model, optimizer, **state):
+    return saving.save(folder, step, parts(model, optimizer), {"samples_seen": step, **state}, {"format": 1})
 
 
 def test_restored_training_goes_on_bit_for_bit(tmp_path):
@@ -89,6 +93,66 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000004", "step_00000005"]
 
 
+def test_the_best_validated_is_kept_and_can_be_named(tmp_path):
+    model = network()
+    optimizer = adamw(model)
+    for step, loss in enumerate([None, 0.5, 0.4, 0.6, 0.4, None, 0.7], 1):
+        save(tmp_path, step, model, optimizer, validation_loss=loss)
+    kept = [f"step_0000000{i}" for i in (3, 6, 7)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest", *kept]
+    assert checkpoints.resolve(tmp_path / "best").name == kept[0] and checkpoints.resolve(tmp_path).name == kept[2]
+    save(tmp_path, 8, model, optimizer, validation_loss=0.3)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000007", "step_00000008"]
+    # Continued from an earlier one, what came after it in the other attempt is not this one's best.
+    checkpoints.point_latest(tmp_path / "step_00000007")
+    assert checkpoints.validation_loss(checkpoints.best(tmp_path)) == 0.7
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next_save(tmp_path):
+    model = network()
+    for name in (".saving_step_00000009", ".removing_step_00000001"):
+        (tmp_path / name / "weights").mkdir(parents=True)
+    save(tmp_path, 2, model, adamw(model))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000002"]
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Nothing is written before it is opened."""
+    opened, write = threading.Event(), saving.dcp.save
+    monkeypatch.setattr(saving.dcp, "save", lambda *a, **k: opened.wait(60) and write(*a, **k))
+    return opened
+
+
+def test_training_goes_on_while_a_save_is_written_and_does_not_reach_it(tmp_path, gate):
+    model = network()
+    optimizer = adamw(model)
+    train(model, optimizer, 3)
+    saver = saving.Saver(tmp_path / "beside", {"format": 1}, 2)
+    saver.save(3, parts(model, optimizer), {"samples_seen": 3})
+    at_once = {k: {n: x.clone() for n, x in v.items()} for k, v in parts(model, optimizer).items()}
+    train(model, optimizer, 2)
+    assert not saver.failed() and not (tmp_path / "beside/latest").exists()
+    gate.set()
+    saver.wait()
+    waited_for = saving.save(tmp_path / "waited", 3, at_once, {"samples_seen": 3}, {"format": 1})
+    beside = checkpoints.latest(tmp_path / "beside")
+    for part in ("weights", "ema", "optimizer"):
+        assert checkpoints.weights_hash(beside, part) == checkpoints.weights_hash(waited_for, part)
+
+
+def test_one_save_is_written_at_a_time(tmp_path, gate):
+    model = network()
+    optimizer = adamw(model)
+    saver = saving.Saver(tmp_path, {}, 2)
+    saver.save(1, parts(model, optimizer), {"samples_seen": 1})
+    threading.Timer(0.1, gate.set).start()
+    saver.save(2, parts(model, optimizer), {"samples_seen": 2})
+    checkpoints.verify(tmp_path / "step_00000001")
+    saver.wait()
+    assert checkpoints.latest(tmp_path).name == "step_00000002"
+
+
 def test_equal_weights_have_equal_hashes_whatever_their_files(tmp_path):
     model = network()
     one, two = save(tmp_path / "a", 1, model, adamw(model)), save(tmp_path / "b", 7, model, adamw(model))
@@ -97,7 +161,7 @@ def test_equal_weights_have_equal_hashes_whatever_their_files(tmp_path):
         model[0].bias[0] += 0.5
     assert checkpoints.weights_hash(save(tmp_path / "b", 8, model, adamw(model))) != checkpoints.weights_hash(one)
     tensors = [{"a": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"b": torch.zeros(2, 3)}, {"a": torch.zeros(6)}]
-    paths = [checkpoints.save(tmp_path / f"c{i}", 1, {"ema": t}, {}, {}) for i, t in enumerate(tensors)]
+    paths = [saving.save(tmp_path / f"c{i}", 1, {"ema": t}, {}, {}) for i, t in enumerate(tensors)]
     assert len({checkpoints.weights_hash(p) for p in paths}) == 4
     damage_truncate(one)
     with pytest.raises(ValueError, match="cannot be used"):
@@ -128,14 +192,8 @@ def damage_manifest(path):
     return "manifest.json"
 
 
-def damage_format(path):
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    return "format 99"
-
-
 @pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_flip, damage_remove, damage_manifest, damage_format], ids=lambda f: f.__name__
+    "damage", [damage_truncate, damage_flip, damage_remove, damage_manifest], ids=lambda f: f.__name__
 )
 def test_damage_is_refused_by_name_with_the_previous_good_one(tmp_path, damage):
     model = network()
@@ -146,8 +204,27 @@ def test_damage_is_refused_by_name_with_the_previous_good_one(tmp_path, damage):
         checkpoints.verify(checkpoints.latest(tmp_path))
     assert named in str(caught.value) and f"resume={good}" in str(caught.value)
     checkpoints.verify(good)
+    found, wrong = checkpoints.newest_good(tmp_path)
+    assert found == good and len(wrong) == 1 and named in wrong[0]
+    damage(good)
+    with pytest.raises(ValueError, match="no checkpoint can be used") as caught:
+        checkpoints.newest_good(tmp_path)
+    assert str(good) in str(caught.value) and str(bad) in str(caught.value)
     with pytest.raises(FileNotFoundError):
         checkpoints.resolve(tmp_path / "nowhere")
+
+
+def test_another_format_is_refused_and_not_gone_round(tmp_path):
+    model = network()
+    optimizer = adamw(model)
+    assert checkpoints.newest_good(tmp_path) == (None, [])
+    save(tmp_path, 1, model, optimizer)
+    path = save(tmp_path, 2, model, optimizer)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    for read in (checkpoints.verify, lambda p: checkpoints.newest_good(p.parent)):
+        with pytest.raises(ValueError, match="format 99, this version reads format 1"):
+            read(path)
 
 
 def test_another_model_is_refused_by_name(tmp_path):
@@ -158,32 +235,60 @@ def test_another_model_is_refused_by_name(tmp_path):
         checkpoints.restore(path, other.state_dict(), {})
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    model = network()
-    good = save(tmp_path, 1, model, adamw(model))
-    big = nn.Linear(1000, 300)
+@contextmanager
+def files_at_most(size):
+    """A write beyond it fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write beyond it fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(OSError):
-            checkpoints.save(tmp_path, 2, {"weights": big.state_dict()}, {"samples_seen": 2}, {})
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 250, 100_000])  # nothing; within tensors; within the manifest; within tensors
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_told_at_the_next_step(tmp_path, size):
+    model = network()
+    good = save(tmp_path, 1, model, adamw(model))
+    tensors = {"weights": nn.Linear(1000, 300).state_dict()} if size > 250 else {"weights": {"a": torch.zeros(1)}}
+    saver = saving.Saver(tmp_path, {}, 2)
+    with files_at_most(size):
+        saver.save(2, tensors, {"samples_seen": 2})
+        while not saver.failed():
+            time.sleep(0.01)
+    with pytest.raises(OSError):
+        saver.save(3, tensors, {"samples_seen": 3})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", good.name]
     checkpoints.verify(checkpoints.latest(tmp_path))
+    saver.save(3, tensors, {"samples_seen": 3})
+    saver.wait()
+    assert checkpoints.newest_good(tmp_path) == (tmp_path / "step_00000003", [])
+
+
+def test_a_disk_full_at_the_last_file_leaves_no_checkpoint_that_nothing_points_to(tmp_path, monkeypatch):
+    model = network()
+    good = save(tmp_path, 1, model, adamw(model))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "point_latest", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2, model, adamw(model))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", good.name]
 
 
 SAVER = """
 import sys, torch
 from pathlib import Path
-from vgr.training import checkpoints
+from vgr.training import saving
 step = 0
 while True:
     step += 1
     tensors = {"weights": {"a": torch.full((200_000,), float(step))}, "ema": {"a": torch.full((200_000,), step + 0.5)}}
-    checkpoints.save(Path(sys.argv[1]), step, tensors, {"samples_seen": step}, {})
+    saving.save(Path(sys.argv[1]), step, tensors, {"samples_seen": step}, {})
     print(step, flush=True)
 """
 

@@ -121,3 +121,17 @@ def test_what_evidence_costs_a_chunk_is_told_in_turn(size, monkeypatch, capsys):
         assert row["evidence_bytes"] == 4 * 16 * frames * 4 * grid
         assert row["warp_s"] > 0 and row["encode_s"] > 0 and row["ratio_median"] > 1
         assert row["total_s"] == pytest.approx(sum(row[stage] for stage in warp_overhead.STAGES), rel=1e-3)
+
+
+def test_loaders_give_the_same_clips_and_only_ours_keeps_its_order(tmp_path):
+    pytest.importorskip("webdataset")
+    from benchmarks.speed import loading
+
+    found = loading.measure(loading.Case((4, 3, 6, 8), 9, (48, 64), 160), tmp_path, 1)
+    assert found["clips_compared"] == 160 and found["bytes_a_clip"] == 4 * 3 * 6 * 8 * 2
+    assert found["same_order_by_workers"] == {"ours": True, "webdataset": False}
+    for name in ("samples_per_s", "processor_ms"):
+        assert all(x["least"] <= x["median"] <= x["most"] and x["least"] > 0 for x in found[name].values())
+        ours, theirs = (found[name][side]["median"] for side in ("ours", "webdataset"))
+        better = ours / theirs if name == "samples_per_s" else theirs / ours
+        assert found[f"ours_{name}_times_as_good_as_webdataset"]["median"] == pytest.approx(better)

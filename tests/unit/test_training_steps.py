@@ -87,8 +87,8 @@ def test_the_critic_recomputes_its_blocks_if_the_student_does(recompute):
 def test_a_signal_to_another_rank_stops_this_one_after_the_same_save(tmp_path, monkeypatch):
     every = dict.fromkeys(("log", "validate", "sample", "save"), 0)
     steps = BetweenSteps(tmp_path, None, None, every, 2, {}, {}, (), None)
-    steps._seen, steps._time, saved = 0, 0.0, []
-    monkeypatch.setattr(steps, "_save", saved.append)
+    steps._seen, saved = 0, []
+    monkeypatch.setattr(steps, "_save", lambda module, loss: saved.append(module))
     module = SimpleNamespace(samples_seen=8, global_batch=8, max_samples=80, step=1, last_step={"train/loss": 1.0})
     strategy = SimpleNamespace(reduce_boolean_decision=lambda own, all: own or told)
     trainer = SimpleNamespace(strategy=strategy, is_global_zero=False, should_stop=False)

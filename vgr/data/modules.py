@@ -71,7 +71,9 @@ def collate(
         shot=torch.from_numpy(np.stack(shot_BT)).long(),
         keys=tuple(s.key for s in samples),
         position=torch.tensor(list(positions), dtype=torch.int64),
-        warp=None if samples[0].warp is None else Warp(
+        warp=None
+        if samples[0].warp is None
+        else Warp(
             torch.from_numpy(np.stack([s.warp[0][:, :latent_frames] for s in samples])).float(),
             torch.from_numpy(np.stack([s.warp[1][:count] for s in samples])),
             None if clip is None else torch.from_numpy(np.stack([s.warp[2] for s in samples])).float(),
@@ -94,8 +96,9 @@ class MixedOrder:
     A single set of clips of one length keeps the order of its own. frames: raw frames kept, which are the same for all.
     """
 
-    def __init__(self, sets: Sequence[Shards], weights: Sequence[float], seed: int, global_batch: int,
-                 frames: int | None) -> None:
+    def __init__(
+        self, sets: Sequence[Shards], weights: Sequence[float], seed: int, global_batch: int, frames: int | None
+    ) -> None:
         found: list[tuple[float, Shards, np.ndarray]] = []
         for shards, weight in zip(sets, weights):
             lengths = np.array(shards.latent_frames() if frames is None else [0] * len(shards))
@@ -122,8 +125,16 @@ class MixedOrder:
 class MicroBatches(Dataset):
     """Item i is the i-th micro-batch of this rank, counted from global batch `start` up to `stop`."""
 
-    def __init__(self, order: MixedOrder, micro_batch: int, frames: int | None, max_damaged: float,
-                 rank: int, world: int, story: bool = True) -> None:
+    def __init__(
+        self,
+        order: MixedOrder,
+        micro_batch: int,
+        frames: int | None,
+        max_damaged: float,
+        rank: int,
+        world: int,
+        story: bool = True,
+    ) -> None:
         self.order, self.micro_batch, self.frames = order, micro_batch, frames
         self.max_damaged, self.rank, self.world, self.story = max_damaged, rank, world, story
         self.start, self.stop = 0, 0
@@ -174,6 +185,12 @@ class MicroBatches(Dataset):
             )
 
 
+def data_place(trainer: pl.Trainer | None) -> tuple[int, int]:
+    """(rank, ranks) among which clips are dealt; ranks that share a clip count as one."""
+    place = getattr(trainer and trainer.strategy, "distributed_sampler_kwargs", None)
+    return (0, 1) if place is None else (place["rank"], place["num_replicas"])
+
+
 class ShardData(pl.LightningDataModule):
     """Training and validation shards in the run's order.
 
@@ -185,9 +202,20 @@ class ShardData(pl.LightningDataModule):
     `total_batches` say which global batches remain.
     """
 
-    def __init__(self, train: str | Sequence[str | Mapping[str, Any]], val: str, codec_fingerprint: str | None,
-                 seed: int, global_batch: int, micro_batch: int, frames: int | None = None, workers: int = 0,
-                 max_damaged: float = 0.01, val_clips: int = 64, story: bool = True) -> None:
+    def __init__(
+        self,
+        train: str | Sequence[str | Mapping[str, Any]],
+        val: str,
+        codec_fingerprint: str | None,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        frames: int | None = None,
+        workers: int = 0,
+        max_damaged: float = 0.01,
+        val_clips: int = 64,
+        story: bool = True,
+    ) -> None:
         super().__init__()
         if micro_batch < 1 or global_batch % micro_batch:
             raise ValueError(f"global_batch={global_batch} is not a multiple of data.micro_batch={micro_batch}")
@@ -211,8 +239,10 @@ class ShardData(pl.LightningDataModule):
     def micro_batches(self, rank: int = 0, world: int = 1) -> MicroBatches:
         """The remaining micro-batches of one rank of `world`; together the ranks see each global batch once."""
         if self.order.global_batch % (self.micro_batch * world):
-            raise ValueError(f"global_batch={self.order.global_batch} is not a multiple of "
-                             f"data.micro_batch={self.micro_batch} x {world} ranks")
+            raise ValueError(
+                f"global_batch={self.order.global_batch} is not a multiple of "
+                f"data.micro_batch={self.micro_batch} x {world} ranks"
+            )
         args = (self.order, self.micro_batch, self.frames, self.max_damaged, rank, world, self.story)
         batches = MicroBatches(*args)
         batches.start, batches.stop = self.start_batch, self.total_batches
@@ -220,8 +250,9 @@ class ShardData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The remaining micro-batches in order, as `VideoBatch`es."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(self.micro_batches(rank, world), batch_size=None, shuffle=False, num_workers=self.workers)
+        return DataLoader(
+            self.micro_batches(*data_place(self.trainer)), batch_size=None, shuffle=False, num_workers=self.workers
+        )
 
     def val_batches(self, size: int) -> list[VideoBatch]:
         """The fixed validation clips in batches of `size`; position is the clip's place among them."""

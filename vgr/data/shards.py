@@ -224,33 +224,37 @@ class Shards:
         """States (J,D) of the empty caption, where the manifest names a file of them."""
         return read_npy((self.folder / Path(self.manifest["extra"]["text"]["null"]).name).read_bytes())
 
-    def _member(self, index: int, suffix: str) -> bytes:
-        file, key, members = self._samples[index]
-        offset, size, crc = members[suffix]
+    def _members(self, index: int, *suffixes: str) -> list[memoryview]:
+        """Members of a sample as they stand in its file, checked."""
+        (file, key, members), found = self._samples[index], []
         with (self.folder / Path(file).name).open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read(size)
-        if len(data) != size or zlib.crc32(data) != crc:
-            raise DamagedSample(f"{self.folder / file}: {key}.{suffix} is damaged; {_AGAIN}")
-        return data
+            for suffix in suffixes:
+                offset, size, crc = members[suffix]
+                data = memoryview(np.empty(size, np.uint8))  # arrays lie in it, without a copy
+                stream.seek(offset)
+                if stream.readinto(data) != size or zlib.crc32(data) != crc:
+                    raise DamagedSample(f"{self.folder / file}: {key}.{suffix} is damaged; {_AGAIN}")
+                found.append(data)
+        return found
 
     def read(self, index: int) -> Sample:
         """One sample. Raises DamagedSample (a ValueError) naming the file and member."""
         file, key, members = self._samples[index]
         try:
-            latents = read_npy(self._member(index, "latent.npy"))
-            cameras = _read_npz(self._member(index, "cameras.npz"))
-            meta = json.loads(self._member(index, "json"))
+            names = ("latent.npy", "cameras.npz", "json", *(x for x in ("text.npy", "warp.npz") if x in members))
+            data = dict(zip(names, self._members(index, *names)))
+            latents, cameras = read_npy(data["latent.npy"]), _read_npz(data["cameras.npz"])
+            meta = json.loads(bytes(data["json"]))
             _check_shapes(self.manifest, latents.shape, cameras["c2w"].shape, cameras["intrinsics"].shape, key)
             text = None
-            if "text.npy" in members:
-                states, lengths = read_npy(self._member(index, "text.npy")), meta["text_lengths"]
+            if "text.npy" in data:
+                states, lengths = read_npy(data["text.npy"]), meta["text_lengths"]
                 if len(states) != len(meta["shots"]) or len(lengths) != len(states) or max(lengths) > states.shape[1]:
                     raise ValueError(f"text states {states.shape} do not fit {len(meta['shots'])} shots of {lengths}")
                 text = [x[:n] for x, n in zip(states, lengths)]
             warp = None
-            if "warp.npz" in members:
-                found = _read_npz(self._member(index, "warp.npz"))
+            if "warp.npz" in data:
+                found = _read_npz(data["warp.npz"])
                 warp = tuple(found[name] for name in _WARP if name in found)
                 if warp[0].shape != latents.shape or warp[1].shape != (len(cameras["c2w"]), *self.manifest["size_hw"]):
                     raise ValueError(f"warp {warp[0].shape}, {warp[1].shape} does not fit latents {latents.shape}")
@@ -263,13 +267,13 @@ class Shards:
 
     def read_video_bytes(self, index: int) -> bytes | None:
         """The sample's mp4, or None where videos were not kept."""
-        return self._member(index, "mp4") if "mp4" in self._samples[index][2] else None
+        return bytes(*self._members(index, "mp4")) if "mp4" in self._samples[index][2] else None
 
     def read_depth(self, index: int) -> np.ndarray | None:
         """Planar depth (F,H,W) float16 in metres, or None where it was not kept."""
         if "depth.npz" not in self._samples[index][2]:
             return None
-        return _read_npz(self._member(index, "depth.npz"))["depth"]
+        return _read_npz(*self._members(index, "depth.npz"))["depth"]
 
 
 def _size(path: Path) -> int:
@@ -304,7 +308,7 @@ def _npz(**arrays: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _read_npz(data: bytes, limit: int = 1 << 30) -> dict[str, np.ndarray]:
+def _read_npz(data: bytes | memoryview, limit: int = 1 << 30) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if sum(info.file_size for info in archive.infolist()) > limit:
             raise ValueError(f"an archive of more than {limit} bytes")

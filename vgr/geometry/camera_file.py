@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 Size = tuple[int, int] | None
 
 MAX_BYTES, MAX_POSES = 256 << 20, 200_000
+_NPY_HEADER = 16 << 10  # numpy refuses headers of more than 10,000 bytes
 # Whatever numpy and zipfile raise for files that are damaged.
 UNREADABLE = (
     ValueError, TypeError, OSError, EOFError, MemoryError, RuntimeError, LookupError, SyntaxError, OverflowError,
@@ -104,15 +105,16 @@ def unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
         return member.read(info.file_size)
 
 
-def read_npy(data: bytes) -> NDArray[Any]:
-    """An array whose header is checked against the bytes present before anything is allocated."""
-    stream = io.BytesIO(data)
+def read_npy(data: bytes | memoryview) -> NDArray[Any]:
+    """An array whose header is checked against the bytes present; it lies in them, unless they cannot be written to."""
+    stream = io.BytesIO(data[:_NPY_HEADER])
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
+    shape, columns_first, dtype = read_header(stream)
     if dtype.hasobject or stream.tell() + math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"an array of {shape} {dtype} does not fit its {len(data)} bytes, allow_pickle=False")
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    array = np.ndarray(shape, dtype, data, stream.tell(), order="F" if columns_first else "C")
+    return array if array.flags.writeable else array.copy()
 
 
 def text(path: Path) -> str:

@@ -21,9 +21,17 @@ Timing = dict[str, Any]
 Watch = Callable[[NDArray[np.uint8]], None]
 Request = Callable[[Watch], tuple[NDArray[np.uint8], Timing]]
 # Dense bf16 operations a second by the device's name, the first that is part of it (benchmarks spec, 7.1).
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+PEAKS = {
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+}  # fmt: skip
 STAGES = ("text", "encode", "denoise", "decode")
 LEAST = {50: 1, 90: 10, 95: 100, 99: 100}  # percentile -> chunks it needs to be more than the slowest one
+
+
+def known_peak(name: str) -> float | None:
+    """Of a device, by PEAKS; None where it is not known, or only a part of one (MIG)."""
+    return next((flops for part, flops in PEAKS.items() if part in name and "MIG" not in name), None)
 
 
 class Stages:
@@ -93,8 +101,7 @@ def _operations(request: Request) -> Timing:
     with FlopCounterMode(display=False) as counter:
         request(lambda frames: None)
     name = cuda.get_device_name() if (cuda := _cuda()) is not None else ""
-    peak = next((x for part, x in PEAKS.items() if part in name), None)
-    told = {"flops": counter.get_total_flops(), "peak_flops": peak}
+    told = {"flops": counter.get_total_flops(), "peak_flops": known_peak(name)}
     return {k: v for k, v in told.items() if v}
 
 

@@ -79,7 +79,8 @@ class CausalVideo(nn.Module):
     does not depend on it.
     """
 
-    takes_cameras, takes_history = False, True
+    takes_cameras, takes_history, patch = False, True, PATCH
+    shards_frames = False  # ranks of a shard hold heads
 
     def __init__(
         self,

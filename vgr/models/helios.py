@@ -57,7 +57,7 @@ class Helios(nn.Module):
     tokens read what is near. ValueError for settings that evidence cannot live with.
     """
 
-    takes_cameras, takes_history = False, True
+    takes_cameras, takes_history, patch = False, True, PATCHES["short"][2]
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class Refiner(nn.Module):
     among them (None: all); activation_checkpointing: recompute blocks in the backward; dtype: of the weights.
     """
 
-    takes_cameras = False
+    takes_cameras, patch = False, 1
 
     def __init__(
         self,

@@ -110,7 +110,8 @@ class WorldModel(nn.Module):
     activation_checkpointing: recompute blocks in the backward pass.
     """
 
-    takes_cameras = True
+    takes_cameras, patch = True, 1
+    shards_frames = True  # ranks of a shard hold frames of a call
 
     def __init__(
         self,

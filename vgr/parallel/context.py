@@ -7,12 +7,15 @@ operations in the same order, backward as well as forward; gradients are those o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from vgr.types import Conditioning, Shard
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
@@ -111,3 +114,26 @@ class ContextShard:
             step, add = maps[r].split([c.shape[-1], h.shape[-1]], dim=-1)
             state = torch.baddbmm(add, step, state)
         return state
+
+
+def split_calls(network: nn.Module, shard: Shard) -> None:
+    """From now on every rank of the shard gives `network` the same whole calls and gets whole velocities.
+
+    Inside, each rank computes its share: heads (`shards_frames` False), or frames. Of a model whose ranks hold frames a
+    call with a state is made whole by each of them. Gradients of parameters are shares too: their sum over the ranks,
+    each of which has the loss of the whole, is `shard.size` times that of one rank, their mean is that of one rank.
+    """
+    whole = network.forward
+
+    def forward(
+        x: Tensor, t: Tensor, cond: Conditioning, state: Any = None, *, commit: bool = False
+    ) -> tuple[Tensor, Any]:
+        if not network.shards_frames:
+            return whole(x, t, cond, state, commit=commit, shard=shard)
+        if state is not None or commit:
+            return whole(x, t, cond, state, commit=commit)
+        a, b = shard.frames(frames := x.shape[2])
+        v, state = whole(x[:, :, a:b], t[:, a:b], cond.frames(a, b), shard=shard)
+        return shard.all_gather(v, 2, frames), state
+
+    network.forward = forward

@@ -109,7 +109,8 @@ def of_training(cfg: DictConfig, settings: Mapping[str, Any]) -> str | None:
         teacher = checkpoints.read_generator(checkpoints.resolve(Path(cfg.teacher)))["model"]
         if teacher["class"] == "CausalVideo":
             numbers += parameters(teacher["config"]) * 20  # and a critic without an average
-    parts = settings["devices"] * settings["num_nodes"] if "fsdp" in str(settings["strategy"]) else 1
+    world = settings["devices"] * settings["num_nodes"]
+    parts = world // settings["replicas"] if settings["strategy"] == "fsdp" else 1
     device = "cuda" if settings["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu"
     return fit(
         config, (frames, *grid), cfg.training.chunk, device, weights=numbers * 1e-9 / parts,

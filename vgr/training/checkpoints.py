@@ -1,24 +1,25 @@
 """A run's checkpoints: safetensors and JSON in a folder that is either complete or not pointed to.
 
     checkpoints/latest                 the name of the newest complete checkpoint
+    checkpoints/best                   a link to the one of least validation loss
     checkpoints/step_00000120/
         manifest.json                  format version and sha256 of every other file
-        state.json                     samples_seen, resolved configuration, seconds spent
+        state.json                     samples_seen, resolved configuration, seconds spent, validation loss
         generator.json                 what sampling needs to rebuild model, text encoder and codec
         weights/ ema/ optimizer/       tensors, sharded by rank, loadable at any world size
 
-A save goes to a temporary folder, is synced to disk, renamed, and only then `latest` is replaced: whatever
-moment a run dies at, `latest` names a complete checkpoint. Nothing is ever pickled.
+What is written by `vgr.training.saving` is found, verified and read here. No file is ever pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import shutil
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from vgr.data.files import sync_folder, write_text
+from vgr.data.files import write_text
 
 FORMAT = 1
+# For good, not around each call: `catch_warnings` is the whole process's, and a save has a thread of its own.
+warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process.*")
 
 
 def _sha256(path: Path) -> str:
@@ -37,25 +40,24 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _distributed() -> bool:
+def sha256s(paths: Iterable[Path]) -> list[str]:
+    """Hex sha256 of files, in their order."""
+    with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter free, and one thread reads 1.5 GB/s
+        return list(pool.map(_sha256, paths))
+
+
+def distributed() -> bool:
+    """Whether there are other ranks to agree with."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _barrier() -> None:
-    if _distributed():
-        dist.barrier()
-
-
-def _dcp(call: Callable[..., Any], tensors: dict[str, Tensor], alone: bool = False, **storage: Any) -> None:
-    """dcp.save or dcp.load, on one process as well; `alone` leaves the other ranks out."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")
-        call(tensors, no_dist=alone or not _distributed(), **storage)
 
 
 def _load_tensors(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
     """Fill the given tensors (plain or DTensor) in place."""
-    _dcp(dcp.load, tensors, alone, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    dcp.load(
+        tensors,
+        storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
+        no_dist=alone or not distributed(),
+    )
 
 
 def _stored_tensors(folder: Path) -> dict[str, Any]:
@@ -87,69 +89,6 @@ def _restore_optimizers(module: nn.Module, optimizers: Sequence[torch.optim.Opti
     _load_tensors(tensors, folder)
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-    generator: dict[str, Any],
-    keep: int = 2,
-) -> Path:
-    """Write checkpoints/step_<step> under `folder` and point `latest` to it; all ranks call this together.
-
-    tensors: one dict (plain or DTensor values) for each of weights, ema, optimizer; the newest `keep`
-    checkpoints stay. Raises OSError, for example on a full disk, with the previous checkpoint untouched and
-    nothing half-written left.
-    """
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".saving_{final.name}"
-    first_rank = not _distributed() or dist.get_rank() == 0
-    try:
-        if first_rank:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        _barrier()
-        for part in filter(tensors.get, tensors):
-            writer = dcp.HuggingFaceStorageWriter(str(temporary / part), save_distributed=True)
-            _dcp(dcp.save, tensors[part], storage_writer=writer)
-        _barrier()
-        if first_rank:
-            _publish(temporary, final, state, generator)
-            _prune(final, keep)
-        _barrier()
-    except (OSError, dcp.api.CheckpointException) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        failures = [failure for failure, _trace in getattr(error, "failures", {}).values()]
-        # A full disk arrives wrapped, one failure a rank.
-        raise next((f for f in failures if isinstance(f, OSError)), error) from None
-    return final
-
-
-def _publish(temporary: Path, final: Path, state: dict[str, Any], generator: dict[str, Any]) -> None:
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    (temporary / "generator.json").write_text(json.dumps(generator, indent=1))
-    files = {}
-    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
-        files[path.relative_to(temporary).as_posix()] = {"sha256": _sha256(path)}
-    for path in temporary.rglob("*/"):
-        sync_folder(path)
-    write_text(temporary / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
-    if final.exists():  # a complete folder that an interrupted run never pointed to
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    sync_folder(final.parent)
-    point_latest(final)
-
-
-def _prune(newest: Path, keep: int) -> None:
-    for path in sorted(p for p in newest.parent.glob("step_*") if p.name <= newest.name)[:-keep]:
-        doomed = path.with_name(f".removing_{path.name}")  # never a half-removed folder under a good name
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
 def point_latest(checkpoint: Path) -> None:
     """Make `checkpoint` the one that `resume: auto` continues from."""
     write_text(checkpoint.parent / "latest", checkpoint.name + "\n")
@@ -161,44 +100,87 @@ def latest(folder: Path) -> Path | None:
     return folder / Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
+def best(folder: Path) -> Path | None:
+    """Of the checkpoints up to `latest` the one of least validation loss, None if none was validated."""
+    newest = latest(folder)
+    found = sorted(p for p in folder.glob("step_*") if newest is not None and p.name <= newest.name)
+    lowest = min(found, key=validation_loss, default=None)
+    return lowest if lowest is not None and validation_loss(lowest) < math.inf else None
+
+
+def validation_loss(checkpoint: Path) -> float:
+    """Of the weights that a checkpoint was saved with; infinite where that was not measured."""
+    with contextlib.suppress(OSError, ValueError):
+        loss = read_state(checkpoint).get("validation_loss")
+        return math.inf if loss is None else loss
+    return math.inf
+
+
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None; every byte is read."""
+    """What is wrong with a checkpoint's files, or None; every byte is read. Raises ValueError for another format."""
     manifest_path = checkpoint / "manifest.json"
     try:
         manifest = json.loads(manifest_path.read_text())
         version, files = manifest["format"], manifest["files"]
-    except FileNotFoundError:
-        return f"{manifest_path} is missing"
+    except OSError as error:  # missing, or a disk that does not give it
+        return str(error)
     except (ValueError, KeyError, TypeError):
         return f"{manifest_path} is not a checkpoint manifest"
     if version != FORMAT:
-        return f"{manifest_path} has format {version}, this version reads format {FORMAT}"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if _sha256(path) != expected["sha256"]:
-            return f"{path} is damaged, its sha256 is not that of the manifest"
+        raise ValueError(
+            f"{manifest_path} has format {version}, this version reads format {FORMAT}: take the version of vgr that "
+            "wrote it"
+        )
+    try:
+        digests = sha256s(checkpoint / name for name in files)
+    except OSError as error:
+        return str(error)
+    for name, digest in zip(files, digests):
+        if digest != files[name]["sha256"]:
+            return f"{checkpoint / name} is damaged, its sha256 is not that of the manifest"
     return None
 
 
 def verify(checkpoint: Path) -> None:
     """Raise ValueError naming a missing or damaged file and the previous good checkpoint."""
-    problem = damage(checkpoint)
-    if problem:
-        raise ValueError(f"checkpoint cannot be used: {problem}.{_previous_good(checkpoint)}")
+    if problem := damage(checkpoint):
+        older, _ = _newest_good(_up_to(checkpoint)[1:])
+        told = f"The previous good one is {older}: resume={older} continues from it"
+        told = told if older else "No earlier good checkpoint is left in this run"
+        raise ValueError(f"checkpoint cannot be used: {problem}. {told}")
 
 
-def _previous_good(checkpoint: Path) -> str:
-    older = [p for p in checkpoint.parent.glob("step_*") if p.name < checkpoint.name]
-    for path in sorted(older, reverse=True):
-        if damage(path) is None:
-            return f" The previous good one is {path}: resume={path} continues from it"
-    return " No earlier good checkpoint is left in this run"
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume: auto` continues from, None before the first save, and what is wrong with later ones.
+
+    Raises ValueError if none is left, or one that would be is of another format: that is not damage.
+    """
+    newest = latest(folder)
+    if newest is None:
+        return None, []
+    good, wrong = _newest_good(_up_to(newest))
+    if good is None:
+        raise ValueError(f"no checkpoint can be used: {'; '.join(wrong)}. Remove {folder.parent} to begin anew")
+    return good, wrong
+
+
+def _up_to(checkpoint: Path) -> list[Path]:
+    """The checkpoint, whether it is there or not, and the earlier ones of its run, newest first."""
+    older = (p for p in checkpoint.parent.glob("step_*") if p.name < checkpoint.name)
+    return [checkpoint, *sorted(older, reverse=True)]
+
+
+def _newest_good(paths: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    wrong = []
+    for path in paths:
+        if (problem := damage(path)) is None:
+            return path, wrong
+        wrong.append(problem)
+    return None, wrong
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint a user means by its own folder, its checkpoints/ folder or the run's folder.
+    """The checkpoint a user means by its own folder, checkpoints/best, its checkpoints/ folder or the run's folder.
 
     Raises FileNotFoundError if there is none.
     """
@@ -206,8 +188,9 @@ def resolve(path: Path) -> Path:
         if (folder / "latest").is_file():
             return latest(folder)
     if (path / "manifest.json").is_file():
-        return path
-    raise FileNotFoundError(2, "no checkpoint here; give a run folder or a step_XXXXXXXX folder", str(path))
+        return path.resolve() if path.is_symlink() else path
+    told = "no checkpoint here; give a run folder, its checkpoints/best or a step_XXXXXXXX folder"
+    raise FileNotFoundError(2, told, str(path))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from vgr.parallel.fsdp import local
+
 # Tables added to modulations act as biases although they are matrices.
 _BIAS_LIKE = ("A_log", "dt_bias", "table")
 
@@ -55,4 +57,5 @@ def ema_decay(samples_seen: int, batch: int, half_life: float, rampup: float = 0
 @torch.no_grad()
 def ema_update(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * current, in place and in fp32, tensor by tensor."""
-    torch._foreach_lerp_(list(average), [c.detach() for c in current], 1.0 - decay)
+    pairs = ([local(a) for a in average], [local(c.detach()) for c in current])
+    torch._foreach_lerp_(*pairs, 1.0 - decay)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor, nn
 
+from vgr.data.modules import data_place
 from vgr.diffusion import flow
 from vgr.diffusion.guidance import guided, teacher_forced
 from vgr.diffusion.rollout import Exit, self_forced
@@ -31,6 +32,7 @@ from vgr.distillation.dmd import discriminator_loss, matching_loss, score_times
 from vgr.seeding import derive_seed, normal_like, torch_generator
 from vgr.training import health, optim
 from vgr.training.conditioning import conditioning
+from vgr.training.sharded import split_networks
 from vgr.training.validation import validate_average
 from vgr.types import Codec, Conditioning, Denoiser, VideoBatch
 
@@ -133,6 +135,7 @@ class SelfForcing(pl.LightningModule):
         self.ema_half_life, self.validation_levels = ema_half_life, tuple(validation_levels)
         self.samples_seen = self._micro_batches = 0
         self.last_step: dict[str, float] = {}
+        self.initial: dict[str, Tensor] | None = None  # of a model that is filled when it is split
         self._sums: dict[str, Tensor] = {}
 
     validate = validate_average
@@ -141,6 +144,8 @@ class SelfForcing(pl.LightningModule):
     def step(self) -> int:
         """Steps since the run began, over all restarts."""
         return self.samples_seen // self.global_batch
+
+    configure_model = split_networks
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [optim.adamw(m, rate, *self.adam) for m, rate in zip((self.model, self._follower()), self.rates)]
@@ -252,11 +257,12 @@ class SelfForcing(pl.LightningModule):
         return loss_B, sample, state, values
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> None:
-        parts = self.global_batch // (len(batch.keys) * self.trainer.world_size)
+        at_once = len(batch.keys) * data_place(self.trainer)[1]
+        parts = self.global_batch // at_once
         if self.segment is not None and parts > 1:
             raise ValueError(
                 f"training.segment={self.segment} updates within a sequence, so training.global_batch="
-                f"{self.global_batch} must be data.micro_batch x devices, {len(batch.keys) * self.trainer.world_size}"
+                f"{self.global_batch} must be data.micro_batch x devices, {at_once}"
             )
         segments = self.segments(batch)
         with contextlib.suppress(StopIteration):

@@ -23,6 +23,7 @@ from vgr.diffusion.objectives import Noised
 from vgr.seeding import derive_seed
 from vgr.training import optim
 from vgr.training.conditioning import conditioning, dropped
+from vgr.training.sharded import ShardedStrategy, split_networks
 from vgr.training.validation import validate_average
 from vgr.types import Codec, Conditioning, Denoiser, VideoBatch
 
@@ -93,9 +94,11 @@ class WorldModelTraining(pl.LightningModule):
         self.validation_levels = tuple(validation_levels)
         self.samples_seen = 0
         self.last_step: dict[str, float] = {}
+        self.initial: dict[str, Tensor] | None = None  # of a model that is filled when it is split
         self._pending: list[tuple[VideoBatch, Tensor]] = []
 
     validate = validate_average
+    configure_model = split_networks
 
     @property
     def step(self) -> int:
@@ -191,6 +194,8 @@ class WorldModelTraining(pl.LightningModule):
 
     def _first_non_finite(self, batch: VideoBatch) -> str:
         """Run the batch again and name the first module whose output is not finite."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            return "the loss"  # other ranks, whose loss may be finite, would have to run it too
         if not batch.latents.isfinite().all() or not batch.cameras.c2w.isfinite().all():
             return "the sample itself (latents or cameras)"
         names = {module: name for name, module in self.named_modules()}

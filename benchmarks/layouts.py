@@ -1,0 +1,147 @@
+"""Does training on many devices take the steps of one? The table of layouts, one column a machine.
+
+    python -m benchmarks.layouts --accelerator cpu --ranks 2 --out benchmarks/results/layouts.json
+    python -m benchmarks.layouts --accelerator gpu --ranks 8 --out benchmarks/results/layouts.json     # make gpu8
+
+Three trainings of tiny presets (world model, causal video model under teacher forcing, self-forcing with its two
+networks), 20 steps each, on one device and in every layout, in fp32: the largest difference of a weight, of a loss
+relative to it, samples a second (which say little at this size) and memory. A layout that fails is told as it failed.
+Columns are added to what --out holds, and the whole table is printed as Markdown; what was not run stays empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgr.command import tracked
+from vgr.data.files import write_json
+from vgr.training import checkpoints
+from vgr.training.code_state import environment
+
+SHORT = ("training.global_batch=16", "training.max_samples=320", "training.warmup_samples=32", "every.log=16",
+         "every.validate=160", "every.save=320", "data.val_clips=8", "trainer.precision=32-true")  # fmt: skip
+# By name: its preset, and the arguments that make it start from nothing, or from the first one's run.
+TRAININGS = {
+    "world model": ("world_model/tiny", ("shards=data/worlds",)),
+    "causal video": ("causal_video/multi_shot", ("size=story_tiny", "shards=data/stories", "init_from=null")),
+    "self-forcing": ("world_model/self_forcing", ("size=tiny", "shards=data/worlds", "training.critic_steps=2")),
+}
+LAYOUTS = {
+    "ddp": ("trainer.strategy=ddp",),
+    "fsdp": ("trainer.strategy=fsdp",),
+    "hybrid": ("trainer.strategy=fsdp", "fsdp.replicas=2"),
+    "context": ("trainer.strategy=fsdp", "fsdp.context=2"),
+    "hybrid and context": ("trainer.strategy=fsdp", "fsdp.replicas=2", "fsdp.context=2"),
+}
+
+
+def least_ranks(layout: str) -> int:
+    """Ranks below which a layout is another one."""
+    return {"ddp": 1, "fsdp": 1, "hybrid and context": 4}.get(layout, 2)
+
+
+def call(work: Path, command: str, *arguments: str) -> str | None:
+    """A vgr command in `work`; the last line of its error, None if there was none."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"vgr.{command}", *arguments], cwd=work, capture_output=True, text=True
+    )
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+
+
+def train(work: Path, name: str, runs: str, *layout: str) -> tuple[Path | None, str | None]:
+    """The run folder of a training in a layout, or why there is none."""
+    preset, own = TRAININGS[name]
+    before = () if name != "self-forcing" else tuple(f"{key}={first(work)}" for key in ("init_from", "teacher"))
+    failed = call(work, "train", f"experiments={preset}", f"runs={runs}", *SHORT, *own, *before, *layout)
+    found = sorted((work / runs).glob(f"{preset}*/seed1"))
+    return (found[0], None) if failed is None else (None, failed)
+
+
+def first(work: Path) -> Path:
+    """The world model's run on one device, from which self-forcing starts."""
+    return next((work / "runs/one").glob("world_model/tiny*/seed1")).relative_to(work)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by samples seen."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["samples_seen"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def compared(one: Path, many: Path) -> dict[str, float]:
+    """How far a run in a layout ends from the run on one device."""
+    own, other = (checkpoints.read_weights(checkpoints.latest(run / "checkpoints"), "weights") for run in (one, many))
+    a, b = losses(one), losses(many)
+    last = [json.loads(line) for line in (many / "metrics.jsonl").read_text().splitlines() if "perf/" in line][-1]
+    return {
+        "weights_max": max(float((own[k] - other[k]).abs().max()) for k in own),
+        "loss_max_relative": max(abs(a[k] - b[k]) / abs(a[k]) for k in a),
+        "samples_per_s": last["perf/samples_per_s"],
+        "memory_gib": last["perf/memory_gib"],
+    }
+
+
+def measure(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any]]:
+    """Rows by `training, layout`: numbers of `compared`, or {"failed": why}."""
+    on = f"trainer.accelerator={accelerator}"
+    ones: dict[str, Path] = {}
+    for name in tracked(list(TRAININGS), "one device"):
+        ones[name], failed = train(work, name, "runs/one", on)
+        if failed:
+            raise RuntimeError(f"{name} on one device: {failed}")
+    layouts = {k: v for k, v in LAYOUTS.items() if ranks >= least_ranks(k)}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, layout in tracked([(n, x) for n in TRAININGS for x in layouts], f"{ranks} ranks"):
+        micro = max(1, 16 // (ranks // (2 if "context" in layout else 1)))
+        own = (*layouts[layout], on, f"trainer.devices={ranks}", f"data.micro_batch={min(micro, 4)}")
+        run, failed = train(work, name, f"runs/{layout.replace(' ', '_')}_{ranks}", *own)
+        rows[f"{name}, {layout}"] = {"failed": failed} if run is None else compared(ones[name], run)
+    return rows
+
+
+def table(columns: dict[str, Any]) -> str:
+    """Markdown: a row a training and layout, a column a machine; empty where nothing was run."""
+    names = list(columns)
+    rows = [f"{name}, {layout}" for name in TRAININGS for layout in LAYOUTS]
+    lines = ["| 20 steps, against one device | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = []
+        for name in names:
+            told = columns[name]["rows"].get(row)
+            good = told and "failed" not in told
+            cells.append(f"{told['weights_max']:.0e}" if good else "failed" if told else "")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), required=True)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.accelerator == "gpu" and torch.cuda.device_count() < args.ranks:
+        parser.error(f"--ranks {args.ranks}: torch finds {torch.cuda.device_count()} GPUs here")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, out in (("worlds_tiny", "worlds"), ("story_tiny", "stories")):
+            words = (f"data={kind}", f"out=data/{out}", "train_clips=64", "val_clips=8")
+            if failed := call(Path(folder), "prepare", *words):
+                raise SystemExit(f"vgr-prepare data={kind}: {failed}")
+        rows = measure(Path(folder), args.accelerator, args.ranks)
+    columns = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    device = torch.cuda.get_device_name() if args.accelerator == "gpu" else "CPU, gloo"
+    columns[f"{args.ranks} x {device}"] = {"rows": rows, "environment": environment()}
+    write_json(args.out, columns)
+    print(table(columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`trainer.strategy=fsdp`: all networks of a training module split over ranks (FSDP2), clips too if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from vgr.parallel import fsdp
+from vgr.parallel.context import ContextShard, split_calls
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all ranks, or over groups of them that each hold the whole.
+
+    replicas: groups of ranks that each hold all parameters (hybrid sharding: one a node); context: neighbouring ranks
+    that share every clip, by frames or heads, as `vgr.parallel.context`. Both divide the ranks, and context the ranks
+    of a replica.
+    """
+
+    def __init__(self, replicas: int = 1, context: int = 1, **rest: Any) -> None:
+        super().__init__(tensor_parallel_size=context, **rest)
+        self.replicas, self.context = replicas, context
+
+    def setup_environment(self) -> None:
+        refuse_uneven(self.world_size, self.replicas, self.context)
+        self._data_parallel_size = self.world_size // self.context
+        super().setup_environment()
+
+    def split(self, module: pl.LightningModule) -> None:
+        """Split every network of a training module; called by its `configure_model`, once.
+
+        Model and average may be on the meta device: then each rank takes its part of `module.initial`, if any.
+        """
+        kind, world = self.root_device.type, self.world_size
+        shape, names = ((world,), ("shard",)) if self.replicas == 1 else (
+            (self.replicas, world // self.replicas), ("replicate", "shard")
+        )  # fmt: skip
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+        shard = None if self.context == 1 else ContextShard(self.device_mesh["tensor_parallel"].get_group())
+        initial, module.initial = module.initial, None
+        for name, network in networks(module):
+            made = not any(x.is_meta for x in network.parameters())
+            if any(True for _ in network.parameters()):
+                fsdp.shard_network(network, mesh, by_block=name != "judge")  # whose heads are not called as modules
+            if not made:
+                network.to_empty(device=self.root_device)
+                if initial is not None:  # else a checkpoint is about to fill it
+                    fsdp.fill(network, initial)
+            if shard is not None and hasattr(network, "shards_frames"):
+                split_calls(network, shard)
+
+
+def networks(module: pl.LightningModule) -> list[tuple[str, nn.Module]]:
+    """Networks of a training module, its own and those it keeps in dictionaries (averages, teacher), by name."""
+    found: dict[nn.Module, str] = {}
+    for name, child in module.named_children():
+        for part, network in child.items() if isinstance(child, nn.ModuleDict) else [(name, child)]:
+            found.setdefault(network, part)  # a text encoder that is never trained is its own average
+    return [(name, network) for network, name in found.items()]
+
+
+def clip_ranks(settings: Mapping[str, Any], cfg: Mapping[str, Any], model: type[nn.Module]) -> int:
+    """Ranks that share a clip, of a trainer's settings and a model's class. ValueError for a layout that cannot be."""
+    strategy, replicas, context = settings["strategy"], settings["replicas"], settings["context"]
+    if strategy not in ("auto", "ddp", "fsdp"):
+        raise ValueError(f"trainer.strategy={strategy}: choose auto, ddp or fsdp")
+    if strategy != "fsdp" and (replicas, context) != (1, 1):
+        raise ValueError(f"fsdp.replicas={replicas}, fsdp.context={context} are for trainer.strategy=fsdp")
+    refuse_uneven(world := settings["devices"] * settings["num_nodes"], replicas, context)
+    if strategy == "fsdp" and world > 1 and cfg["every"]["bench"]:
+        raise ValueError(
+            f"every.bench={cfg['every']['bench']}: ranks of a split model measure together, not a share each; set it "
+            "to 0 and run vgr-bench on the finished run"
+        )
+    if context > 1 and not hasattr(model, "shards_frames"):
+        raise ValueError(f"fsdp.context={context}: a {model.__name__} cannot share clips; set it to 1")
+    if context > 1 and cfg["training"].get("judge") is not None:
+        raise ValueError(f"fsdp.context={context}: training.judge sees whole clips; leave one of them out")
+    return context
+
+
+def refuse_uneven(world: int, replicas: int, context: int) -> None:
+    """ValueError for groups that do not divide the ranks."""
+    if min(replicas, context) < 1 or world % replicas or (world // replicas) % context:
+        raise ValueError(
+            f"fsdp.replicas={replicas}, fsdp.context={context}: {world} ranks (devices x num_nodes) must be a "
+            "multiple of replicas, and the ranks of a replica of context"
+        )
+
+
+def split_networks(module: pl.LightningModule) -> None:
+    """`LightningModule.configure_model` of all training modules: what the strategy says, once."""
+    if isinstance(module.trainer.strategy, ShardedStrategy):
+        module.trainer.strategy.split(module)

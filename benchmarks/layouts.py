@@ -26,12 +26,13 @@ from vgr.data.files import write_json
 from vgr.training import checkpoints
 from vgr.training.code_state import environment
 
-SHORT = ("training.global_batch=16", "training.max_samples=320", "training.warmup_samples=32", "every.log=16",
+SHORT = ("training.global_batch=16", "training.max_samples=320", "every.log=16",
          "every.validate=160", "every.save=320", "data.val_clips=8", "trainer.precision=32-true")  # fmt: skip
+WARM = "training.warmup_samples=32"
 # By name: its preset, and the arguments that make it start from nothing, or from the first one's run.
 TRAININGS = {
-    "world model": ("world_model/tiny", ("shards=data/worlds",)),
-    "causal video": ("causal_video/multi_shot", ("size=story_tiny", "shards=data/stories", "init_from=null")),
+    "world model": ("world_model/tiny", ("shards=data/worlds", WARM)),
+    "causal video": ("causal_video/multi_shot", ("size=story_tiny", "shards=data/stories", "init_from=null", WARM)),
     "self-forcing": ("world_model/self_forcing", ("size=tiny", "shards=data/worlds", "training.critic_steps=2")),
 }
 LAYOUTS = {

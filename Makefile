@@ -59,7 +59,7 @@ test-slow: $(VENV)/.ready-test
 test-gpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m gpu
 
-# Every layout on a node of eight GPUs against one of them, under ten minutes; the column it adds is printed.
+# Every layout on a node of eight GPUs against one of them; the column it adds to the table is printed. Not run yet.
 gpu8: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.layouts --accelerator gpu --ranks 8 --out benchmarks/results/layouts.json
 

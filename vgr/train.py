@@ -147,27 +147,13 @@ def build(
     from vgr.seeding import derive_seed
     from vgr.training.conditioning import cached_text
     from vgr.training.rebuild import part_of, refuse_other_codec
-    from vgr.training.teacher_paths import refuse_other_shards
 
     codec = instantiate(cfg.codec)
     global_batch = cfg.training.global_batch
     if cfg.data.get("video"):
         one_video(cfg, codec)
     data = instantiate(cfg.data, codec_fingerprint=codec.fingerprint, seed=cfg.seed, global_batch=global_batch)
-    if cfg.model.in_channels != codec.channels:
-        raise ValueError(
-            f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
-        )
-    sampled = cfg.sampling.cut_prefix
-    if ((marked := cfg.training.get("cut_prefix", sampled)) or "") != (sampled or ""):
-        told = f"training.cut_prefix={marked!r}, sampling.cut_prefix={sampled!r}"
-        raise ValueError(f"{told}: cuts are sampled as they are trained; set sampling.cut_prefix alone")
-    refuse_other_shards(data.train_shards, data.val_shards, cfg.training.get("objective", {}))
-    if "fps" in cfg.model and cfg.model.fps != (fps := data.train_shards.manifest["fps"]):
-        raise ValueError(f"model.fps={cfg.model.fps:g}, but {cfg.data.train} has {fps:g} frames a second: set it so")
-    for name in ("sample", "bench") if "fps" in cfg.model else ():
-        if cfg.every[name]:
-            raise ValueError(f"every.{name}={cfg.every[name]}: a refiner makes no videos of its own; set it to 0")
+    refuse_unfit(cfg, data, codec)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = cached_text(data, cfg.text) or instantiate(cfg.text)
     # Of a split model no rank makes the whole: weights that are there are read when it is split, part by part. A judge
@@ -200,6 +186,26 @@ def build(
     if initial is not None and cfg.critic_from is not None:
         load_initial({k: m for k in ("critic", "judge") if (m := getattr(module, k)) is not None}, initial, ())
     return module, data, codec
+
+
+def refuse_unfit(cfg: DictConfig, data: pl.LightningDataModule, codec: Any) -> None:
+    """ValueError, naming the key, for settings that do not go with the data, the codec or each other."""
+    from vgr.training.teacher_paths import refuse_other_shards
+
+    if cfg.model.in_channels != codec.channels:
+        raise ValueError(
+            f"model.in_channels={cfg.model.in_channels}, but the codec makes {codec.channels} channels: set it so"
+        )
+    sampled = cfg.sampling.cut_prefix
+    if ((marked := cfg.training.get("cut_prefix", sampled)) or "") != (sampled or ""):
+        told = f"training.cut_prefix={marked!r}, sampling.cut_prefix={sampled!r}"
+        raise ValueError(f"{told}: cuts are sampled as they are trained; set sampling.cut_prefix alone")
+    refuse_other_shards(data.train_shards, data.val_shards, cfg.training.get("objective", {}))
+    if "fps" in cfg.model and cfg.model.fps != (fps := data.train_shards.manifest["fps"]):
+        raise ValueError(f"model.fps={cfg.model.fps:g}, but {cfg.data.train} has {fps:g} frames a second: set it so")
+    for name in ("sample", "bench") if "fps" in cfg.model else ():
+        if cfg.every[name]:
+            raise ValueError(f"every.{name}={cfg.every[name]}: a refiner makes no videos of its own; set it to 0")
 
 
 def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:

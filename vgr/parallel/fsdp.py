@@ -24,7 +24,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, by_block: bool = True) -
     """Split a network's parameters over `mesh`, one axis, or (replicas, shards) for hybrid sharding.
 
     by_block: each block by itself; else, and for what lies outside of blocks, at once. It is then called through its
-    forward alone. On the meta device it stays there; fill it with `materialise`.
+    forward alone. On the meta device it stays there; give it memory, then `fill` it.
     """
     for part in (*(blocks(network) if by_block else ()), network):
         # Also the outermost part: of calls without gradients no backward pass would split it again.

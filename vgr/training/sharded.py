@@ -22,12 +22,11 @@ class ShardedStrategy(ModelParallelStrategy):
     of a replica.
     """
 
-    def __init__(self, replicas: int = 1, context: int = 1, **rest: Any) -> None:
-        super().__init__(tensor_parallel_size=context, **rest)
+    def __init__(self, replicas: int, context: int) -> None:
+        super().__init__(tensor_parallel_size=context)
         self.replicas, self.context = replicas, context
 
     def setup_environment(self) -> None:
-        refuse_uneven(self.world_size, self.replicas, self.context)
         self._data_parallel_size = self.world_size // self.context
         super().setup_environment()
 
@@ -71,7 +70,12 @@ def clip_ranks(settings: Mapping[str, Any], cfg: Mapping[str, Any], model: type[
         raise ValueError(f"trainer.strategy={strategy}: choose auto, ddp or fsdp")
     if strategy != "fsdp" and (replicas, context) != (1, 1):
         raise ValueError(f"fsdp.replicas={replicas}, fsdp.context={context} are for trainer.strategy=fsdp")
-    refuse_uneven(world := settings["devices"] * settings["num_nodes"], replicas, context)
+    world = settings["devices"] * settings["num_nodes"]
+    if min(replicas, context) < 1 or world % replicas or (world // replicas) % context:
+        raise ValueError(
+            f"fsdp.replicas={replicas}, fsdp.context={context}: {world} ranks (devices x num_nodes) must be a "
+            "multiple of replicas, and the ranks of a replica of context"
+        )
     if strategy == "fsdp" and world > 1 and cfg["every"]["bench"]:
         raise ValueError(
             f"every.bench={cfg['every']['bench']}: ranks of a split model measure together, not a share each; set it "
@@ -82,15 +86,6 @@ def clip_ranks(settings: Mapping[str, Any], cfg: Mapping[str, Any], model: type[
     if context > 1 and cfg["training"].get("judge") is not None:
         raise ValueError(f"fsdp.context={context}: training.judge sees whole clips; leave one of them out")
     return context
-
-
-def refuse_uneven(world: int, replicas: int, context: int) -> None:
-    """ValueError for groups that do not divide the ranks."""
-    if min(replicas, context) < 1 or world % replicas or (world // replicas) % context:
-        raise ValueError(
-            f"fsdp.replicas={replicas}, fsdp.context={context}: {world} ranks (devices x num_nodes) must be a "
-            "multiple of replicas, and the ranks of a replica of context"
-        )
 
 
 def split_networks(module: pl.LightningModule) -> None:

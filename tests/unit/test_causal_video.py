@@ -382,8 +382,10 @@ def test_memory_is_told_before_a_run():
     # 17 frames in the spec; the chunk of four may stand in the window.
     assert plan["14B"]["read"] == pytest.approx(21.7 * 18 / 17, rel=0.01)
     assert models["14B"].memory_plan(121, (30, 52), 3, ranks=8)["history"] == pytest.approx(19.3, rel=0.01)
-    with pytest.raises(ValueError, match="12 heads and 1560 cells a frame cannot be split over 8 context ranks; use 2"):
-        models["1.3B"].memory_plan(121, (30, 52), 3, ranks=8)
+    with pytest.raises(ValueError, match="12 heads and 1560 cells a frame cannot be split over 16 context ranks, 12"):
+        models["1.3B"].memory_plan(121, (30, 52), 3, ranks=16)
+    # Eight ranks hold one or two of twelve heads: the fullest has a sixth.
+    assert models["1.3B"].memory_plan(121, (30, 52), 3, ranks=8)["history"] == pytest.approx(34.8 / 6, rel=0.01)
     assert plan["14B"]["means"] == pytest.approx(121 * 0.82e-3, rel=0.01)
     with torch.device("meta"):
         models = {k: CausalVideo(**size, window=3, routed=5, place="recomputed") for k, size in sizes.items()}

@@ -142,17 +142,17 @@ class CausalVideo(nn.Module):
     def memory_plan(
         self, frames: int, grid: tuple[int, int], chunk: int, bytes_per_number: int = 2, ranks: int = 1
     ) -> dict[str, float]:
-        """GB that a rollout of latent frames on a grid of cells will hold, per rank, weights and activations apart.
+        """GB a rollout of latent frames on a grid of cells holds on the fullest rank, weights and activations apart.
 
         read: keys and values that the chunk at work attends to, rotated and together (of one layer at a time where all
         history is recomputed); history: what is kept of committed frames; host: the part of it in host memory; means:
         what routing scores (spec 4.4). Where the place is "recomputed": again, GB while old commits run again, their
         tokens and one layer's keys and values; again_chunks and again_pflop, how many run again, and their arithmetic,
         for one reading at the end of the video. A chunk reads once, under full history or per_step in every call.
-        ValueError for ranks that the heads do not divide among.
+        ValueError for more ranks than heads.
         """
         cells = self._cells(grid[0] * grid[1], ranks)
-        policy, layers, width = self.policy, len(self.blocks), self.heads * self.head_dim / ranks
+        policy, layers, width = self.policy, len(self.blocks), -(-self.heads // ranks) * self.head_dim
         layer = 2 * cells * width * bytes_per_number / 1e9
         full = policy.window is None
         near = frames if full else min(frames, policy.window * chunk + (policy.window > 0))
@@ -303,12 +303,11 @@ class CausalVideo(nn.Module):
         return past + [block.layers[layer] for block in state.blocks if block.layers]
 
     def _cells(self, cells: int, ranks: int) -> int:
-        """Cells of a frame. ValueError for ranks that heads or cells do not divide among."""
-        if self.heads % ranks or cells < ranks:
-            fit = [n for n in range(2, self.heads + 1) if self.heads % n == 0 and n <= cells]
+        """Cells of a frame. ValueError for more ranks than heads or cells."""
+        if ranks > (most := min(self.heads, cells)):
             raise ValueError(
-                f"{self.heads} heads and {cells} cells a frame cannot be split over {ranks} context ranks; "
-                f"use {', '.join(map(str, fit))}"
+                f"{self.heads} heads and {cells} cells a frame cannot be split over {ranks} context ranks, "
+                f"{most} at most"
             )
         return cells
 

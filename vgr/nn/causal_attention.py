@@ -211,7 +211,7 @@ class CausalAttention(nn.Module):
             out = frame_attention(q.to(v.dtype), k, v, call.mask)
         else:
             out = self._at_once(chunks, call.mask)
-        out = out if shard is None else heads_to_cells(out, shard)
+        out = out if shard is None else heads_to_cells(out, self.heads, shard)
         return self.proj(out.flatten(3)), own, gathered, shown, told
 
     def _heads(self, x: Tensor) -> Iterator[Tensor]:
@@ -318,19 +318,25 @@ class CausalAttention(nn.Module):
 
 
 def cells_to_heads(x: Tensor, cells: int, shard: Shard) -> Tensor:
-    """(B,T,own cells,3,N,K) to (B,T,S,3,N/ranks,K): every rank's cells of this rank's heads (Ulysses)."""
-    held, spans = x.shape[2], [shard.frames(cells, rank) for rank in range(shard.size)]
-    x = x.unflatten(4, (shard.size, -1)).permute(4, 2, 0, 1, 3, 5, 6).flatten(0, 1)
-    x = shard.all_to_all(x, [held] * shard.size, [b - a for a, b in spans])
-    return x.permute(1, 2, 0, 3, 4, 5)
+    """(B,T,own cells,3,N,K) to (B,T,S,3,own heads,K): every rank's cells of this rank's heads (Ulysses).
+
+    Ranks hold `shard.frames(N)` of the heads, one more or less where their number does not divide.
+    """
+    held, own = x.shape[2], [b - a for a, b in (shard.frames(cells, rank) for rank in range(shard.size))]
+    heads = [b - a for a, b in (shard.frames(x.shape[4], rank) for rank in range(shard.size))]
+    pieces = [y.permute(2, 4, 0, 1, 3, 5).flatten(0, 1) for y in x.split(heads, dim=4)]
+    mine = heads[shard.rank]
+    x = shard.all_to_all(torch.cat(pieces), [held * n for n in heads], [n * mine for n in own])
+    return x.unflatten(0, (cells, mine)).permute(2, 3, 0, 4, 1, 5)
 
 
-def heads_to_cells(x: Tensor, shard: Shard) -> Tensor:
-    """(B,T,S,N/ranks,K) to (B,T,own cells,N,K), the way back."""
-    spans = [shard.frames(x.shape[2], rank) for rank in range(shard.size)]
-    held = spans[shard.rank][1] - spans[shard.rank][0]
-    x = shard.all_to_all(x.permute(2, 0, 1, 3, 4), [b - a for a, b in spans], [held] * shard.size)
-    return x.unflatten(0, (shard.size, held)).permute(2, 3, 1, 0, 4, 5).flatten(3, 4)
+def heads_to_cells(x: Tensor, heads: int, shard: Shard) -> Tensor:
+    """(B,T,S,own heads,K) to (B,T,own cells,N,K), the way back."""
+    mine, own = x.shape[3], [b - a for a, b in (shard.frames(x.shape[2], rank) for rank in range(shard.size))]
+    held = own[shard.rank]
+    coming = [held * (b - a) for a, b in (shard.frames(heads, rank) for rank in range(shard.size))]
+    came = shard.all_to_all(x.permute(2, 3, 0, 1, 4).flatten(0, 1), [n * mine for n in own], coming).split(coming)
+    return torch.cat([y.unflatten(0, (held, -1)) for y in came], dim=1).permute(2, 3, 0, 1, 4)
 
 
 def text_runs(frames: Sequence[tuple[Frame, int]]) -> list[tuple[int, int, list[int]]]:

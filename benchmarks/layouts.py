@@ -2,20 +2,24 @@
 
     python -m benchmarks.layouts --accelerator cpu --ranks 2 --out benchmarks/results/layouts.json
     python -m benchmarks.layouts --accelerator gpu --ranks 8 --out benchmarks/results/layouts.json     # make gpu8
+    python -m benchmarks.layouts --plan --ranks 8 --out benchmarks/results/layouts.json     # composed, on no device
 
 Three trainings of tiny presets (world model, causal video model under teacher forcing, self-forcing with its two
 networks), 20 steps each, on one device and in every layout, in fp32: the largest difference of a weight, of a loss
-relative to it, samples a second (which say little at this size) and memory. A layout that fails is told as it failed.
-Columns are added to what --out holds, and the whole table is printed as Markdown; what was not run stays empty.
+relative to it, samples a second (which say little at this size) and memory. Of a layout that fails the cause is kept.
+--plan composes the same at full size for H200s, builds it on the meta device, and the planner tells GB a GPU.
+Columns are added to what --out holds, the whole table is printed as Markdown, what was not run stays empty. Runs lie
+in --work, a folder for each state of the code, so what was ended goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ import torch
 from vgr.command import tracked
 from vgr.data.files import write_json
 from vgr.training import checkpoints
-from vgr.training.code_state import environment
+from vgr.training.code_state import difference, environment
 
 SHORT = ("training.global_batch=16", "training.max_samples=320", "every.log=16",
          "every.validate=160", "every.save=320", "data.val_clips=8", "trainer.precision=32-true")  # fmt: skip
@@ -34,6 +38,12 @@ TRAININGS = {
     "world model": ("world_model/tiny", ("shards=data/worlds", WARM)),
     "causal video": ("causal_video/multi_shot", ("size=story_tiny", "shards=data/stories", "init_from=null", WARM)),
     "self-forcing": ("world_model/self_forcing", ("size=tiny", "shards=data/worlds", "training.critic_steps=2")),
+}
+# At full size, as the paper trains it or, of a causal model, as Wan makes videos.
+PLANNED = {
+    "world model": ("experiments=world_model/hybrid", "plan=h200 704x1280"),
+    "causal video": ("experiments=causal_video/multi_shot", "init_from=null", "plan=h200 480x832"),
+    "self-forcing": ("experiments=world_model/self_forcing", "plan=h200 704x1280"),
 }
 LAYOUTS = {
     "ddp": ("trainer.strategy=ddp",),
@@ -90,6 +100,18 @@ def compared(one: Path, many: Path) -> dict[str, float]:
     }
 
 
+def planned(ranks: int) -> dict[str, dict[str, Any]]:
+    """Rows by `training, layout`: {"gb": of a GPU of `ranks`}, at full size, or {"failed": why}."""
+    rows = {}
+    for name, layout in tracked([(n, x) for n in TRAININGS for x in LAYOUTS], "planned"):
+        words = (*PLANNED[name], *LAYOUTS[layout], f"trainer.devices={ranks}")
+        done = subprocess.run([sys.executable, "-m", "vgr.train", *words], capture_output=True, text=True)
+        peak = re.search(r"^peak +([\d.]+) GB", done.stdout, re.MULTILINE)
+        why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        rows[f"{name}, {layout}"] = {"gb": float(peak[1])} if peak and not done.returncode else {"failed": why}
+    return rows
+
+
 def measure(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any]]:
     """Rows by `training, layout`: numbers of `compared`, or {"failed": why}."""
     on = f"trainer.accelerator={accelerator}"
@@ -108,6 +130,17 @@ def measure(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any
     return rows
 
 
+def trained(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any]]:
+    """`measure` in the folder of this state of the code, after data was made there."""
+    work = work / f"{environment()['commit']}_{hashlib.sha256(difference()).hexdigest()[:8]}"
+    work.mkdir(parents=True, exist_ok=True)
+    for kind, out in (("worlds_tiny", "worlds"), ("story_tiny", "stories")):
+        words = (f"data={kind}", f"out=data/{out}", "train_clips=64", "val_clips=8")
+        if failed := call(work, "prepare", *words):
+            raise SystemExit(f"vgr-prepare data={kind}: {failed}")
+    return measure(work, accelerator, ranks)
+
+
 def table(columns: dict[str, Any]) -> str:
     """Markdown: a row a training and layout, a column a machine; empty where nothing was run."""
     names = list(columns)
@@ -116,29 +149,28 @@ def table(columns: dict[str, Any]) -> str:
     for row in rows:
         cells = []
         for name in names:
-            told = columns[name]["rows"].get(row)
-            good = told and "failed" not in told
-            cells.append(f"{told['weights_max']:.0e}" if good else "failed" if told else "")
+            told = columns[name]["rows"].get(row, {"empty": ""})
+            (kind, value), *_ = told.items()
+            cells.append({"weights_max": "{:.0e}", "gb": "{} GB", "failed": "no", "empty": ""}[kind].format(value))
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--accelerator", choices=("cpu", "gpu"), required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--accelerator", choices=("cpu", "gpu"))
+    where.add_argument("--plan", action="store_true")
     parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/layouts"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.accelerator == "gpu" and torch.cuda.device_count() < args.ranks:
         parser.error(f"--ranks {args.ranks}: torch finds {torch.cuda.device_count()} GPUs here")
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, out in (("worlds_tiny", "worlds"), ("story_tiny", "stories")):
-            words = (f"data={kind}", f"out=data/{out}", "train_clips=64", "val_clips=8")
-            if failed := call(Path(folder), "prepare", *words):
-                raise SystemExit(f"vgr-prepare data={kind}: {failed}")
-        rows = measure(Path(folder), args.accelerator, args.ranks)
+    device = "H200, planned" if args.plan else "CPU, gloo"
+    device = torch.cuda.get_device_name() if args.accelerator == "gpu" else device
+    rows = planned(args.ranks) if args.plan else trained(args.work, args.accelerator, args.ranks)
     columns = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    device = torch.cuda.get_device_name() if args.accelerator == "gpu" else "CPU, gloo"
     columns[f"{args.ranks} x {device}"] = {"rows": rows, "environment": environment()}
     write_json(args.out, columns)
     print(table(columns))

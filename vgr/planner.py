@@ -26,7 +26,7 @@ from vgr.data.shards import Shards
 from vgr.metrics import frame_rate
 from vgr.nn import lora
 from vgr.parallel.fsdp import blocks
-from vgr.training import budget, checkpoints, rebuild
+from vgr.training import budget, checkpoints, rebuild, zero
 from vgr.training.step_cost import StepCost, step_costs
 from vgr.types import Cameras, VideoBatch, Warp, latents_holding, raw_frames
 
@@ -45,8 +45,8 @@ TEXTS = {"Gemma2Text": 5.2e9, "UMT5Text": 11.4e9, "LTX2Text": 24.4e9}  # bytes i
 class Layout:
     """How a run is dealt to its ranks.
 
-    shards: ranks that split parameters and what is made of them; context: ranks that share a clip; kind: "one", "ddp"
-    or "fsdp"; accumulate: micro-batches of a step.
+    shards: ranks that split parameters and what is made of them, under "zero2" gradients and moments alone; context:
+    ranks that share a clip; kind: "one", "ddp", "fsdp", "zero2" or "zero3"; accumulate: micro-batches of a step.
     """
 
     world: int = 1
@@ -61,6 +61,8 @@ def layout(settings: Mapping[str, Any]) -> Layout:
     world, accumulate = settings["devices"] * settings["num_nodes"], settings["accumulate_grad_batches"]
     if settings["strategy"] == "fsdp":
         return Layout(world, world // settings["replicas"], settings["context"], "fsdp", accumulate)
+    if settings["strategy"].startswith("zero"):
+        return Layout(world, world, kind=settings["strategy"], accumulate=accumulate)
     return Layout(world, kind="ddp" if world > 1 else "one", accumulate=accumulate)
 
 
@@ -173,10 +175,14 @@ def held(module: Any, dealt: Layout) -> dict[str, float]:
             parts[name] = size(fresh.values())
     trained = size(p for p in module.parameters() if p.requires_grad)
     parts |= {"gradients": trained, "moments": 2 * trained}
-    parts = {name: value / dealt.shards for name, value in parts.items()}
+    split = parts if dealt.kind != "zero2" else ("gradients", "moments")
+    parts = {name: value / (dealt.shards if name in split else 1) for name, value in parts.items()}
     if dealt.kind == "ddp":
         parts["reduction buckets"] = trained
-    if dealt.kind == "fsdp" and dealt.shards > 1:
+    if dealt.kind.startswith("zero"):
+        parts["stepped copy"] = trained / dealt.shards
+        parts["buckets"] = 4.0 * zero.BUCKET * (2 if dealt.kind == "zero3" else 1)  # what is reduced, what is gathered
+    if dealt.kind in ("fsdp", "zero3") and dealt.shards > 1:
         parts["gathered block"] = _gathered(module.model)
     return parts
 
@@ -229,7 +235,7 @@ def make(cfg: DictConfig, settings: Mapping[str, Any], size_hw: tuple[int, int] 
         costs.append(replace(cost, **peaks))
     if text := _text(cfg, batch):
         parts["text encoder"] = text
-    at_once = dealt.accumulate > 1 or not module.automatic_optimization
+    at_once = dealt.accumulate > 1 or not module.automatic_optimization or dealt.kind == "zero3"  # in a buffer
     parameters = {id(p): p for p in module.parameters()}.values()
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     frozen = sum(p.numel() for p in parameters) - trained
@@ -277,7 +283,8 @@ def asked(told: str) -> tuple[str, tuple[int, int] | None]:
 
 def _dealt(dealt: Layout) -> str:
     told = {"one": "one device", "ddp": f"{dealt.world} devices, each holding all"}.get(dealt.kind)
-    told = told or f"{dealt.world} devices, {dealt.kind}, parameters split in {dealt.shards}"
+    split = "gradients and moments" if dealt.kind == "zero2" else "parameters"
+    told = told or f"{dealt.world} devices, {dealt.kind}, {split} split in {dealt.shards}"
     return told + (f", clips shared by {dealt.context}" if dealt.context > 1 else "")
 
 
@@ -313,7 +320,8 @@ def _work(cfg: DictConfig, found: Plan, speed: float | None) -> list[str]:
 def _refusal(cfg: DictConfig, found: Plan, needed: float, there: float, name: str) -> str:
     parts = found.held | {"activations": max(found.cost.forward_peak, found.cost.backward_peak) / found.layout.context}
     biggest = ", ".join(f"{k} {parts[k] / GB:.3g} GB" for k in sorted(parts, key=parts.__getitem__, reverse=True)[:3])
-    ways = ["trainer.strategy=fsdp"] if found.layout.shards == 1 else ["more devices (trainer.num_nodes)"]
+    whole = found.layout.shards == 1 or found.layout.kind == "zero2"
+    ways = ["trainer.strategy=fsdp"] if whole else ["more devices (trainer.num_nodes)"]
     if not found.recomputes and "activation_checkpointing" in cfg.model:
         ways.append(f"model.activation_checkpointing=true ({found.peaks[1] / GB:.3g} GB)")
     if cfg.data.micro_batch > 1:

@@ -52,7 +52,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     from hydra.utils import instantiate
     from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-    from vgr.training import budget, checkpoints
+    from vgr.training import budget, checkpoints, zero
 
     command.check_targets(cfg)
     with torch.device("meta"):  # settings that cannot be are refused before weights are read
@@ -63,6 +63,7 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
         planner.tell(cfg, rank_zero_only(print))
         return
     settings = trainer.settings(cfg)
+    zero.require(settings["strategy"])
     if told := budget.of_training(cfg, settings):
         rank_zero_only(print)(told)
     config = OmegaConf.to_container(cfg, resolve=True)
@@ -159,7 +160,7 @@ def build(
     # Of a split model no rank makes the whole: weights that are there are read when it is split, part by part. A judge
     # and adapters are drawn after the model's own numbers, which a model without memory does not draw.
     drawn = cfg.surgery or cfg.lora.rank or cfg.training.get("judge")
-    later = (initial is not None or going_on) and cfg.trainer.strategy == "fsdp" and not drawn
+    later = (initial is not None or going_on) and cfg.trainer.strategy in ("fsdp", "zero3") and not drawn
     with torch.device("meta") if later else contextlib.nullcontext():
         model = instantiate(cfg.model)
     prepared = [shards.manifest["extra"].get("settings", {}) for shards in data.train_sets]

@@ -61,6 +61,7 @@ def fit(
 
     from vgr.parallel.fsdp import blocks
     from vgr.training.sharded import ShardedStrategy, networks
+    from vgr.training.zero import ZeroStrategy
 
     if data.start_batch >= data.total_batches:
         return
@@ -68,6 +69,8 @@ def fit(
     settings = {k: v for k, v in settings.items() if k not in ("replicas", "context")}
     if settings["strategy"] == "fsdp":
         settings["strategy"] = ShardedStrategy(replicas, context)
+    elif settings["strategy"].startswith("zero"):
+        settings["strategy"] = ZeroStrategy(stage=int(settings["strategy"][-1]))
     if not module.automatic_optimization:  # it accumulates itself, and a backward pass reaches one of two networks
         settings = {**settings, "accumulate_grad_batches": 1}
         if settings["devices"] * settings["num_nodes"] > 1 and settings["strategy"] in ("auto", "ddp"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -44,5 +45,11 @@ def fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a split tensor, or the tensor: for what is done element by element."""
+    """This rank's part of a split tensor (DeepSpeed's too), or the tensor: for what is done element by element."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Shape of a tensor; DeepSpeed's ZeRO-3 leaves a split one empty between its uses."""
+    return getattr(tensor, "ds_shape", tensor.shape)

@@ -17,12 +17,13 @@ import torch
 from vgr.data.files import write_text
 from vgr.training import checkpoints, preflight, saving
 from vgr.training.self_forcing import SelfForcing
-from vgr.training.sharded import ShardedStrategy
+from vgr.training.sharded import is_split
 from vgr.training.throughput import Throughput, trace
 from vgr.training.tracking import Record
 from vgr.training.validation import Validation
 from vgr.training.watchdog import Watchdog
 from vgr.training.world_model import WorldModelTraining
+from vgr.training.zero import ZeroStrategy
 from vgr.types import VideoBatch
 
 Training = WorldModelTraining | SelfForcing
@@ -109,7 +110,9 @@ class BetweenSteps(pl.Callback):
         saves = self.saver.keep + 2 if self.every["save"] else 1  # with the best, and one in the making
         preflight.check(self.run_dir, module.device, self.saver.folder, saves, module.weights())
         self._beat(module, "restore")
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and isinstance(trainer.strategy, ZeroStrategy):
+            trainer.strategy.restore(self.checkpoint)
+        elif self.checkpoint is not None:
             checkpoints.restore(self.checkpoint, module.weights(), module.ema_weights(), module, _optimizers(module))
         best = checkpoints.best(self.saver.folder)
         self._best = math.inf if best is None else checkpoints.validation_loss(best)
@@ -191,7 +194,7 @@ class BetweenSteps(pl.Callback):
         self._beat(module, "data")
 
     def _sample(self, trainer: pl.Trainer, module: Training) -> None:
-        if trainer.is_global_zero or isinstance(trainer.strategy, ShardedStrategy):
+        if trainer.is_global_zero or is_split(trainer.strategy):
             path = self.run_dir / "samples" / f"{module.samples_seen:08d}.mp4"
             path.parent.mkdir(exist_ok=True)
             with self.pace.pause():
@@ -229,11 +232,11 @@ class BetweenSteps(pl.Callback):
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
             "config": self.config,
         }
-        tensors = {
-            "weights": module.weights(),
-            "ema": module.ema_weights(),
-            "optimizer": checkpoints.optimizer_tensors(module, _optimizers(module)),
-        }
+        if isinstance(module.trainer.strategy, ZeroStrategy):
+            tensors = module.trainer.strategy.tensors()
+        else:
+            optimizer = checkpoints.optimizer_tensors(module, _optimizers(module))
+            tensors = {"weights": module.weights(), "ema": module.ema_weights(), "optimizer": optimizer}
         self.saver.save(module.step, tensors, state)
 
     def _say(self, line: str) -> None:

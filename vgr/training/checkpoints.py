@@ -51,7 +51,7 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _load_tensors(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
+def load_tensors(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
     """Fill the given tensors (plain or DTensor) in place."""
     dcp.load(
         tensors,
@@ -60,7 +60,7 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path, alone: bool = False)
     )
 
 
-def _stored_tensors(folder: Path) -> dict[str, Any]:
+def stored_tensors(folder: Path) -> dict[str, Any]:
     """Names with size and dtype of the tensors in one part of a checkpoint."""
     return dict(dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
 
@@ -80,13 +80,13 @@ def _restore_optimizers(module: nn.Module, optimizers: Sequence[torch.optim.Opti
     parameters = dict(module.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     tensors: dict[str, Tensor] = {}
-    for key, stored in _stored_tensors(folder).items():
+    for key, stored in stored_tensors(folder).items():
         name, _, slot = key.rpartition(":")
         p = parameters[name]
         scalar = len(stored.size) == 0  # AdamW's step count; the fused kernel wants it beside the parameter
         tensors[key] = torch.zeros((), device=p.device) if scalar else torch.zeros_like(p.detach())
         owner[p].state[p][slot] = tensors[key]
-    _load_tensors(tensors, folder)
+    load_tensors(tensors, folder)
 
 
 def point_latest(checkpoint: Path) -> None:
@@ -206,9 +206,9 @@ def read_generator(checkpoint: Path) -> dict[str, Any]:
 def read_weights(checkpoint: Path, part: str = "ema") -> dict[str, Tensor]:
     """Whole tensors of `weights` or `ema` on the CPU; the checkpoint is verified first (ValueError)."""
     verify(checkpoint)
-    stored = _stored_tensors(checkpoint / part)
+    stored = stored_tensors(checkpoint / part)
     tensors = {name: torch.empty(tuple(x.size), dtype=x.properties.dtype) for name, x in stored.items()}
-    _load_tensors(tensors, checkpoint / part, alone=True)
+    load_tensors(tensors, checkpoint / part, alone=True)
     return tensors
 
 
@@ -241,9 +241,9 @@ def restore(
     Raises ValueError if names or shapes differ.
     """
     for part, tensors in (("weights", weights), ("ema", ema)):
-        stored = {name: info.size for name, info in _stored_tensors(checkpoint / part).items()}
+        stored = {name: info.size for name, info in stored_tensors(checkpoint / part).items()}
         match(tensors, stored, checkpoint / part)
-        _load_tensors(tensors, checkpoint / part)
+        load_tensors(tensors, checkpoint / part)
     if optimizers:
         _restore_optimizers(module, optimizers, checkpoint / "optimizer")
 

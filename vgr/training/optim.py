@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vgr.parallel.fsdp import local
+from vgr.parallel.fsdp import local, whole_shape
 
 # Tables added to modulations act as biases although they are matrices.
 _BIAS_LIKE = ("A_log", "dt_bias", "table")
@@ -16,7 +16,7 @@ _BIAS_LIKE = ("A_log", "dt_bias", "table")
 
 def decays(name: str, parameter: Tensor) -> bool:
     """True for weight matrices and kernels; false for vectors, norms, gates' constants and added tables."""
-    return parameter.ndim > 1 and not name.endswith(_BIAS_LIKE)
+    return len(whole_shape(parameter)) > 1 and not name.endswith(_BIAS_LIKE)
 
 
 def adamw(
@@ -57,5 +57,5 @@ def ema_decay(samples_seen: int, batch: int, half_life: float, rampup: float = 0
 @torch.no_grad()
 def ema_update(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * current, in place and in fp32, tensor by tensor."""
-    pairs = ([local(a) for a in average], [local(c.detach()) for c in current])
+    pairs = ([local(a) for a in average], [local(c).detach() for c in current])
     torch._foreach_lerp_(*pairs, 1.0 - decay)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vgr.parallel.fsdp import whole_shape
+
 OTHERS_GIB = 4.0  # what a GPU may hold beside our tensors: the driver's context, buffers of collectives
 PATIENCE_S = 30.0  # for a file of the first rank to be seen by all: network file systems remember what was not there
 
@@ -26,7 +28,7 @@ def check(run_dir: Path, device: torch.device, checkpoints: Path, saves: int, we
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own: dict[str, Any] = {"host": socket.gethostname(), "torch": torch.__version__, "gpu": None, "wrong": []}
-    needed = 4 * sum(x.numel() * x.element_size() for x in weights.values())
+    needed = 4 * sum(whole_shape(x).numel() * x.element_size() for x in weights.values())
     own["wrong"] += _folder(run_dir, needed * max(1, saves - len(list(checkpoints.glob("step_*")))))
     if device.type == "cuda":
         own["gpu"] = str(torch.cuda.get_device_properties(device).uuid)

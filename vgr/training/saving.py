@@ -79,8 +79,13 @@ class Saver:
         self._writing: Future[Path] | None = None
         self._group: dist.ProcessGroup | None = None
 
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """`save` of the tensors as they are now, begun; the one before is waited for. Raises OSError of that one."""
+    def save(
+        self, step: int, tensors: dict[str, dict[str, Tensor | Callable[[], Tensor]]], state: dict[str, Any]
+    ) -> None:
+        """`save` of the tensors as they are now, begun; the one before is waited for. Raises OSError of that one.
+
+        A function among them gathers a tensor that no rank holds whole; all call it.
+        """
         self.wait()
         if distributed() and self._group is None:
             self._group = dist.new_group(backend="gloo")
@@ -103,14 +108,16 @@ class Saver:
         self._thread.shutdown()
 
 
-def _snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _snapshot(tensors: dict[str, Tensor | Callable[[], Tensor]]) -> dict[str, Tensor]:
     """What this rank has to write of the tensors as they are now, in CPU memory, pinned where it comes from a GPU.
 
-    Sharded tensors (DTensor) stay so; of those that every rank holds, each rank copies its share.
+    Sharded tensors (DTensor) stay so; of those that every rank holds, or can hold for a moment if all call what stands
+    for it, each rank copies its share.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
     copies = {}
     for i, (name, x) in enumerate(tensors.items()):
+        x = x() if callable(x) else x
         if i % ranks == rank or isinstance(x, DTensor):
             x = x.detach()
             copies[name] = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from vgr.parallel import fsdp
@@ -66,8 +66,10 @@ def networks(module: pl.LightningModule) -> list[tuple[str, nn.Module]]:
 def clip_ranks(settings: Mapping[str, Any], cfg: Mapping[str, Any], model: type[nn.Module]) -> int:
     """Ranks that share a clip, of a trainer's settings and a model's class. ValueError for a layout that cannot be."""
     strategy, replicas, context = settings["strategy"], settings["replicas"], settings["context"]
-    if strategy not in ("auto", "ddp", "fsdp"):
-        raise ValueError(f"trainer.strategy={strategy}: choose auto, ddp or fsdp")
+    if strategy not in ("auto", "ddp", "fsdp", "zero2", "zero3"):
+        raise ValueError(f"trainer.strategy={strategy}: choose auto, ddp, fsdp, zero2 or zero3")
+    if strategy.startswith("zero"):
+        refuse_unfit_zero(strategy, cfg)
     if strategy != "fsdp" and (replicas, context) != (1, 1):
         raise ValueError(f"fsdp.replicas={replicas}, fsdp.context={context} are for trainer.strategy=fsdp")
     world = settings["devices"] * settings["num_nodes"]
@@ -76,7 +78,7 @@ def clip_ranks(settings: Mapping[str, Any], cfg: Mapping[str, Any], model: type[
             f"fsdp.replicas={replicas}, fsdp.context={context}: {world} ranks (devices x num_nodes) must be a "
             "multiple of replicas, and the ranks of a replica of context"
         )
-    if strategy == "fsdp" and world > 1 and cfg["every"]["bench"]:
+    if strategy in ("fsdp", "zero3") and world > 1 and cfg["every"]["bench"]:
         raise ValueError(
             f"every.bench={cfg['every']['bench']}: ranks of a split model measure together, not a share each; set it "
             "to 0 and run vgr-bench on the finished run"
@@ -88,7 +90,47 @@ def clip_ranks(settings: Mapping[str, Any], cfg: Mapping[str, Any], model: type[
     return context
 
 
+def refuse_unfit_zero(strategy: str, cfg: Mapping[str, Any]) -> None:
+    """ValueError, naming the key, for what DeepSpeed's ZeRO cannot train."""
+    if cfg["training"]["_target_"].endswith(".SelfForcing"):
+        raise ValueError(
+            f"trainer.strategy={strategy} trains one network with one optimizer, and self-forcing has two: use fsdp"
+        )
+    if strategy == "zero3" and cfg["compile"]:
+        raise ValueError("compile=true: what zero3 hangs on a block to gather it would be compiled; use zero2 or fsdp")
+    if strategy == "zero3" and cfg["lora"]["rank"]:
+        raise ValueError(
+            f"lora.rank={cfg['lora']['rank']}: zero3 splits networks that are trained whole, and adapters sit on a "
+            "frozen one; use zero2 or fsdp"
+        )
+
+
 def split_networks(module: pl.LightningModule) -> None:
     """`LightningModule.configure_model` of all training modules: what the strategy says, once."""
-    if isinstance(module.trainer.strategy, ShardedStrategy):
-        module.trainer.strategy.split(module)
+    if split := getattr(strategy_of(module), "split", None):
+        split(module)
+
+
+def strategy_of(module: pl.LightningModule) -> Any:
+    """What its trainer deals a module to ranks by; None before it has one."""
+    return module._trainer and module._trainer.strategy
+
+
+def is_split(strategy: Any) -> bool:
+    """Whether ranks call networks together, since none of them holds one whole."""
+    return isinstance(strategy, ShardedStrategy) or getattr(strategy, "stage", None) == 3
+
+
+def gradients(module: pl.LightningModule) -> dict[str, Tensor]:
+    """Gradients of a training module's parameters by name; of what DeepSpeed splits this rank's parts."""
+    if own := getattr(strategy_of(module), "gradients", None):
+        return own()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def gradient_norm(module: pl.LightningModule) -> Tensor:
+    """Norm of all gradients of a training module, the same on all ranks."""
+    norm, strategy = nn.utils.get_total_norm(gradients(module).values()), strategy_of(module)
+    if hasattr(strategy, "gradients"):
+        return strategy.reduce(norm.to(strategy.root_device).square(), reduce_op="sum").sqrt()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -23,7 +23,7 @@ from vgr.diffusion.objectives import Noised
 from vgr.seeding import derive_seed
 from vgr.training import optim
 from vgr.training.conditioning import conditioning, dropped
-from vgr.training.sharded import ShardedStrategy, split_networks
+from vgr.training.sharded import gradient_norm, gradients, is_split, split_networks
 from vgr.training.validation import validate_average
 from vgr.types import Codec, Conditioning, Denoiser, VideoBatch
 
@@ -152,14 +152,12 @@ class WorldModelTraining(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to `clip`, keep loss and norm for the log; FloatingPointError before a bad step is taken."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = gradient_norm(self)
         loss = torch.cat([loss_B for _, loss_B in self._pending]).mean()
         values = torch.stack([loss, norm.to(loss)]).tolist()  # the only synchronisation of a step
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(self._divergence(*values))
-        nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        nn.utils.clip_grads_with_norm_(self.parameters(), self.clip, norm)  # ZeRO's are clipped in its step
         loss = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
         lr = optimizer.param_groups[0]["lr"]
         self.last_step = {"train/loss": loss, "train/grad_norm": values[1], "train/lr": lr}
@@ -184,9 +182,8 @@ class WorldModelTraining(pl.LightningModule):
         if bad:
             where = self._first_non_finite(bad[0][0])
         else:
-            graded = [(n, p.grad) for n, p in self.named_parameters() if p.grad is not None]
-            names = [n for n, g in graded if not g.isfinite().all()]
-            where = f"gradient of {', '.join(names[:3])} ({len(names)} parameters)"
+            names = [n for n, g in gradients(self).items() if not g.isfinite().all()]
+            where = f"gradient of {', '.join(names[:3]) or 'what other ranks hold'} ({len(names)} parameters)"
         return (
             f"training stopped at step {self.step + 1} (samples_seen {self.samples_seen}): loss {loss}, "
             f"gradient norm {norm}; samples {', '.join(keys[:8])}; first non-finite value in {where}"
@@ -194,7 +191,7 @@ class WorldModelTraining(pl.LightningModule):
 
     def _first_non_finite(self, batch: VideoBatch) -> str:
         """Run the batch again and name the first module whose output is not finite."""
-        if isinstance(self.trainer.strategy, ShardedStrategy):
+        if is_split(self.trainer.strategy):
             return "the loss"  # other ranks, whose loss may be finite, would have to run it too
         if not batch.latents.isfinite().all() or not batch.cameras.c2w.isfinite().all():
             return "the sample itself (latents or cameras)"
@@ -221,5 +218,5 @@ class WorldModelTraining(pl.LightningModule):
     def _unfrozen(self, parts: dict[str, nn.Module]) -> dict[str, Tensor]:
         own = (("model", self.model), ("text", self.text))
         frozen = {f"{k}.{n}" for k, m in own for n, p in m.named_parameters() if not p.requires_grad}
-        state = {f"{k}.{n}": v for k, m in parts.items() for n, v in m.state_dict().items()}
+        state = {f"{k}.{n}": v for k, m in parts.items() for n, v in m.state_dict(keep_vars=True).items()}
         return {name: tensor for name, tensor in state.items() if name not in frozen}

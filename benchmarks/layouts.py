@@ -149,9 +149,10 @@ def table(columns: dict[str, Any]) -> str:
     for row in rows:
         cells = []
         for name in names:
-            told = columns[name]["rows"].get(row, {"empty": ""})
-            (kind, value), *_ = told.items()
-            cells.append({"weights_max": "{:.0e}", "gb": "{} GB", "failed": "no", "empty": ""}[kind].format(value))
+            told = columns[name]["rows"].get(row, {})
+            number = f"{told['weights_max']:.0e}" if "weights_max" in told else ""
+            number = f"{told['gb']} GB" if "gb" in told else number
+            cells.append("no" if "failed" in told else number)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -167,9 +168,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.accelerator == "gpu" and torch.cuda.device_count() < args.ranks:
         parser.error(f"--ranks {args.ranks}: torch finds {torch.cuda.device_count()} GPUs here")
-    device = "H200, planned" if args.plan else "CPU, gloo"
-    device = torch.cuda.get_device_name() if args.accelerator == "gpu" else device
-    rows = planned(args.ranks) if args.plan else trained(args.work, args.accelerator, args.ranks)
+    if args.plan:
+        device, rows = "H200, planned", planned(args.ranks)
+    else:
+        device = torch.cuda.get_device_name() if args.accelerator == "gpu" else "CPU, gloo"
+        rows = trained(args.work, args.accelerator, args.ranks)
     columns = json.loads(args.out.read_text()) if args.out.is_file() else {}
     columns[f"{args.ranks} x {device}"] = {"rows": rows, "environment": environment()}
     write_json(args.out, columns)

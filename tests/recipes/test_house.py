@@ -31,6 +31,7 @@ ONLY_IN = {
     "hydra": COMMANDS,
     "wandb": {"training/tracking", "report/mirror"},
     "vizdoom": {"data/doom"},
+    "deepspeed": {"training/zero"},
     "pycolmap": {"geometry/mapping", "geometry/reconstruct"},
     "torch.distributed": {"parallel", "training", "metrics"},
 }

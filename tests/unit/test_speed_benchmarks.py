@@ -119,7 +119,8 @@ def test_what_evidence_costs_a_chunk_is_told_in_turn(size, monkeypatch, capsys):
         empty = {"tiny": 2, "full": 0}[size]  # slots without a frame: zeros, or left out beside evidence
         assert row["tokens"] == plain["tokens"] + evidence - empty
         assert row["evidence_bytes"] == 4 * 16 * frames * 4 * grid
-        assert row["warp_s"] > 0 and row["encode_s"] > 0 and row["ratio_median"] > 1
+        assert row["warp_s"] > 0 and row["encode_s"] > 0  # it was done; how long a machine takes is not tested
+        assert row["ratio_median"] == pytest.approx(row["total_s"] / plain["total_s"])
         assert row["total_s"] == pytest.approx(sum(row[stage] for stage in warp_overhead.STAGES), rel=1e-3)
 
 

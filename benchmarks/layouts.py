@@ -51,12 +51,16 @@ LAYOUTS = {
     "hybrid": ("trainer.strategy=fsdp", "fsdp.replicas=2"),
     "context": ("trainer.strategy=fsdp", "fsdp.context=2"),
     "hybrid and context": ("trainer.strategy=fsdp", "fsdp.replicas=2", "fsdp.context=2"),
+    "zero2": ("trainer.strategy=zero2",),
+    "zero3": ("trainer.strategy=zero3", "model.activation_checkpointing=true"),
 }
+# ZeRO has one optimizer, so one network that is trained.
+ROWS = [(n, x) for n in TRAININGS for x in LAYOUTS if not (n == "self-forcing" and x.startswith("zero"))]
 
 
 def least_ranks(layout: str) -> int:
     """Ranks below which a layout is another one."""
-    return {"ddp": 1, "fsdp": 1, "hybrid and context": 4}.get(layout, 2)
+    return {"hybrid": 2, "context": 2, "hybrid and context": 4}.get(layout, 1)
 
 
 def call(work: Path, command: str, *arguments: str) -> str | None:
@@ -103,7 +107,7 @@ def compared(one: Path, many: Path) -> dict[str, float]:
 def planned(ranks: int) -> dict[str, dict[str, Any]]:
     """Rows by `training, layout`: {"gb": of a GPU of `ranks`}, at full size, or {"failed": why}."""
     rows = {}
-    for name, layout in tracked([(n, x) for n in TRAININGS for x in LAYOUTS], "planned"):
+    for name, layout in tracked(ROWS, "planned"):
         words = (*PLANNED[name], *LAYOUTS[layout], f"trainer.devices={ranks}")
         done = subprocess.run([sys.executable, "-m", "vgr.train", *words], capture_output=True, text=True)
         peak = re.search(r"^peak +([\d.]+) GB", done.stdout, re.MULTILINE)
@@ -120,11 +124,10 @@ def measure(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any
         ones[name], failed = train(work, name, "runs/one", on)
         if failed:
             raise RuntimeError(f"{name} on one device: {failed}")
-    layouts = {k: v for k, v in LAYOUTS.items() if ranks >= least_ranks(k)}
     rows: dict[str, dict[str, Any]] = {}
-    for name, layout in tracked([(n, x) for n in TRAININGS for x in layouts], f"{ranks} ranks"):
+    for name, layout in tracked([row for row in ROWS if ranks >= least_ranks(row[1])], f"{ranks} ranks"):
         micro = max(1, 16 // (ranks // (2 if "context" in layout else 1)))
-        own = (*layouts[layout], on, f"trainer.devices={ranks}", f"data.micro_batch={min(micro, 4)}")
+        own = (*LAYOUTS[layout], on, f"trainer.devices={ranks}", f"data.micro_batch={min(micro, 4)}")
         run, failed = train(work, name, f"runs/{layout.replace(' ', '_')}_{ranks}", *own)
         rows[f"{name}, {layout}"] = {"failed": failed} if run is None else compared(ones[name], run)
     return rows
@@ -144,7 +147,7 @@ def trained(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any
 def table(columns: dict[str, Any]) -> str:
     """Markdown: a row a training and layout, a column a machine; empty where nothing was run."""
     names = list(columns)
-    rows = [f"{name}, {layout}" for name in TRAININGS for layout in LAYOUTS]
+    rows = [f"{name}, {layout}" for name, layout in ROWS]
     lines = ["| 20 steps, against one device | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         cells = []

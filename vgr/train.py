@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ def refuse_other_config(saved: dict[str, Any], now: dict[str, Any], checkpoint: 
 
 
 def build(
-    cfg: DictConfig, initial: dict[str, Tensor] | None = None, going_on: bool = False
+    cfg: DictConfig, initial: Mapping[str, Tensor] | None = None, going_on: bool = False
 ) -> tuple[callbacks.Training, pl.LightningDataModule, Any]:
     """Training module, data and codec of a configuration, started from `initial`, checked. Raises ValueError.
 
@@ -142,12 +142,11 @@ def build(
     import torch
     from hydra.utils import instantiate
 
-    from vgr.models import surgery as surgery_
     from vgr.nn import lora
     from vgr.prepare import one_video
     from vgr.seeding import derive_seed
+    from vgr.training import rebuild
     from vgr.training.conditioning import cached_text
-    from vgr.training.rebuild import part_of, refuse_other_codec
 
     codec = instantiate(cfg.codec)
     global_batch = cfg.training.global_batch
@@ -157,10 +156,8 @@ def build(
     refuse_unfit(cfg, data, codec)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     text = cached_text(data, cfg.text) or instantiate(cfg.text)
-    # Of a split model no rank makes the whole: weights that are there are read when it is split, part by part. A judge
-    # and adapters are drawn after the model's own numbers, which a model without memory does not draw.
-    drawn = cfg.surgery or cfg.lora.rank or cfg.training.get("judge")
-    later = (initial is not None or going_on) and cfg.trainer.strategy in ("fsdp", "zero3") and not drawn
+    # Of a split model no rank makes the whole: weights that are there are read when it is split, tensor by tensor.
+    later = (initial is not None or going_on) and split(cfg) and not cfg.surgery
     with torch.device("meta") if later else contextlib.nullcontext():
         model = instantiate(cfg.model)
     prepared = [shards.manifest["extra"].get("settings", {}) for shards in data.train_sets]
@@ -168,8 +165,10 @@ def build(
         raise ValueError("data.train was prepared with source.cameras=null, but this model takes cameras")
     if initial is not None:
         if "latents" not in cfg.surgery:
-            refuse_other_codec("init_from", cfg.init_from, codec)
-        load_initial({"text": text} if later else {"model": model, "text": text}, initial, cfg.surgery)
+            rebuild.refuse_other_codec("init_from", cfg.init_from, codec)
+        rebuild.load_initial({"text": text} if later else {"model": model, "text": text}, initial, cfg.surgery)
+    # Numbers drawn from here on do not depend on how many the model drew, on the meta device none.
+    torch.manual_seed(derive_seed(cfg.seed, "beside"))
     if cfg.lora.rank:
         if text.state_dict() and not any(name.startswith("text.") for name in initial):
             raise ValueError(
@@ -178,15 +177,19 @@ def build(
             )
         text.requires_grad_(False)
         lora.add(model, **cfg.lora)
-    roles = {"model": model, "text": text, "codec": codec, **read_teacher(cfg, codec)}
-    module = instantiate(cfg.training, **roles, seed=cfg.seed)
-    if later and initial is not None:
-        module.initial = surgery_.convert(part_of(initial, "model"), model.state_dict(), ())
+    teacher, given = read_teacher(cfg, codec)
+    module = instantiate(cfg.training, model=model, text=text, codec=codec, **teacher, seed=cfg.seed)
     if cfg.critic_from is not None and not hasattr(module, "critic"):
         raise ValueError(f"critic_from={cfg.critic_from}: {cfg.training._target_} has no critic; leave it null")
+    rebuild.fill_later(module, initial if later else None, given, going_on)
     if initial is not None and cfg.critic_from is not None:
-        load_initial({k: m for k in ("critic", "judge") if (m := getattr(module, k)) is not None}, initial, ())
+        rebuild.load_critic(module, Path(cfg.critic_from))
     return module, data, codec
+
+
+def split(cfg: DictConfig) -> bool:
+    """Whether networks are split over ranks, and get their weights then."""
+    return cfg.trainer.strategy in ("fsdp", "zero3")
 
 
 def refuse_unfit(cfg: DictConfig, data: pl.LightningDataModule, codec: Any) -> None:
@@ -209,8 +212,8 @@ def refuse_unfit(cfg: DictConfig, data: pl.LightningDataModule, codec: Any) -> N
             raise ValueError(f"every.{name}={cfg.every[name]}: a refiner makes no videos of its own; set it to 0")
 
 
-def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:
-    """{"teacher": its model and text encoder} if training takes one.
+def read_teacher(cfg: DictConfig, codec: Any) -> tuple[dict[str, Any], Mapping[str, Tensor] | None]:
+    """{"teacher": its model and text encoder} if training takes one; of one that is split, on the meta device, weights.
 
     Raises ValueError where one is missing, idle, of other chunks than it is asked in or of another codec.
     """
@@ -226,18 +229,18 @@ def read_teacher(cfg: DictConfig, codec: Any) -> dict[str, Any]:
     if cfg.teacher is not None and parameter is None:
         raise ValueError(f"teacher={cfg.teacher}: {cfg.training._target_} has no teacher; leave teacher=null")
     if cfg.teacher is None:
-        return {}
+        return {}, None
     causal = cfg.training.get("scores") == "causal" or cfg.training.get("packed")
     chunk = cfg.training.chunk if causal else None
-    parts = rebuild_teacher(cfg.teacher, codec, chunk, cfg.training.get("cut_prefix"))
-    return {"teacher": {k: parts[k] for k in ("model", "text")}}
+    parts = rebuild_teacher(cfg.teacher, codec, chunk, cfg.training.get("cut_prefix"), filled=not split(cfg))
+    return {"teacher": {k: parts[k] for k in ("model", "text")}}, parts.get("initial")
 
 
-def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] | None:
+def read_initial(cfg: DictConfig, checkpoint: Path | None) -> Mapping[str, Tensor] | None:
     """The tensors of init_from, the averaged ones of a run, where a run begins with them or adapters sit on them.
 
-    With critic_from the critic of that run, and its judge, beside them. Raises ValueError for `lora` that cannot be and
-    a critic_from without a critic, FileNotFoundError for what is not there.
+    Those of a run for a split model are read when they are asked for. Raises ValueError for `lora` that cannot be and a
+    critic_from without a critic, FileNotFoundError for what is not there.
     """
     from vgr.training import checkpoints, rebuild
 
@@ -254,26 +257,14 @@ def read_initial(cfg: DictConfig, checkpoint: Path | None) -> dict[str, Tensor] 
             f"init_from={cfg.init_from} does not exist; give a run folder, a checkpoint in it, or weights: our export, "
             f"a diffusers folder or a released file. {rebuild.WEIGHTS[cfg.model._target_.split('.')[-1]].HOW_TO_GET}"
         )
-    record, initial = rebuild.read(cfg.init_from)
+    record, initial = rebuild.read(cfg.init_from, whole=not split(cfg) or bool(cfg.surgery))
     if record["model"]["class"] == "Refiner":
         rebuild.refuse_other_refiner(cfg.init_from, record["model"]["config"], cfg.model)
     if cfg.critic_from is not None:
-        stored = checkpoints.read_weights(checkpoints.resolve(Path(cfg.critic_from)), "weights")
-        initial |= {name: x for name, x in stored.items() if name.startswith(("critic.", "judge."))}
-        if not any(name.startswith("critic.") for name in initial):
+        stored = checkpoints.stored_tensors(checkpoints.resolve(Path(cfg.critic_from)) / "weights")
+        if not any(name.startswith("critic.") for name in stored):
             raise ValueError(f"critic_from={cfg.critic_from} holds no critic; give a run of self-forcing")
     return initial
-
-
-def load_initial(parts: dict[str, Any], initial: dict[str, Tensor], surgery: Sequence[str]) -> None:
-    """Copy the parts that `initial` holds, the model converted by `surgery`. ValueError where they do not fit."""
-    from vgr.models import surgery as surgery_
-    from vgr.training.rebuild import part_of
-
-    for part, module in parts.items():
-        stored, fresh = part_of(initial, part), module.state_dict()
-        if stored:
-            module.load_state_dict(surgery_.convert(stored, fresh, surgery if part == "model" else ()))
 
 
 def prepare_run(

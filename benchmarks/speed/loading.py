@@ -7,8 +7,8 @@ decoding into the same batches, checked first. webdataset shuffles shards and a 
 no sums and keeps no position. Ours reads without its memory cache and checks each member. mp4: clips as h264 files of
 as many frames, decoded to uint8 RGB and not encoded into latents, which a training on videos would still have to do.
 
-Turns follow each other in one process, each with two loader workers of its own, and are of one pass over the clips from
-the first batch on (of mp4 four batches): less would time webdataset while it lives on its buffer. Ratios are of
+Turns follow each other in one process, each with two loader workers of its own, and are of whole passes over the clips
+from the first batch on (of mp4 four batches): less would time webdataset while it lives on its buffer. Ratios are of
 adjacent turns. Processor time is that of one process without workers. Files come from the page cache: a cold one cannot
 be had without privileges.
 """
@@ -47,18 +47,19 @@ FILMS = 2  # mp4 files, read again and again
 
 @dataclass(frozen=True)
 class Case:
-    """latents (C,T,H,W) of `frames` raw ones of size_hw; clips: how many stand in the shards."""
+    """latents (C,T,H,W) of `frames` raw ones of size_hw; clips in the shards; passes over them a turn, some seconds."""
 
     latents: tuple[int, int, int, int]
     frames: int
     size_hw: tuple[int, int]
     clips: int
+    passes: int
 
 
 CASES = {
-    "doom_tiny": Case((96, 8, 6, 8), 29, (48, 64), 512),
-    "doom": Case((96, 25, 12, 16), 97, (96, 128), 256),
-    "wan": Case((16, 17, 60, 104), 65, (480, 832), 192),
+    "doom_tiny": Case((96, 8, 6, 8), 29, (48, 64), 512, 8),
+    "doom": Case((96, 25, 12, 16), 97, (96, 128), 256, 6),
+    "wan": Case((16, 17, 60, 104), 65, (480, 832), 192, 3),
 }
 
 
@@ -176,7 +177,7 @@ def measure(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
     """All sides in turn, `repeats` times."""
     write(case, folder)
     found: dict[str, Any] = {"bytes_a_clip": int(np.prod(case.latents)) * 2, **check(folder, case)}
-    whole = case.clips // MICRO_BATCH
+    whole = case.passes * (case.clips // MICRO_BATCH)
     sides: dict[str, tuple[Callable[[], Any], int]] = {
         "ours": (lambda: ours(folder), whole),
         "webdataset": (lambda: theirs(folder), whole),

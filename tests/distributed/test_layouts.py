@@ -5,8 +5,10 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from vgr.train import build, read_initial
@@ -120,18 +122,32 @@ def test_every_layout_takes_the_steps_of_one_rank(folder, layout, names):
         assert single.keys() == split.keys() and all((single[k] - split[k]).abs().max() < 3e-4 for k in single), name
 
 
-def test_no_rank_makes_the_whole_of_a_split_model_that_has_weights(folder, monkeypatch):
+@pytest.mark.parametrize("name", ["forcing", "segments", "adapters"])
+def test_no_rank_makes_the_whole_of_split_networks_that_have_weights(folder, name, monkeypatch):
+    monkeypatch.chdir(folder)
+    cfg = OmegaConf.load(f"one/{name}/seed1/config.yaml")
+    if name == "segments":
+        cfg = OmegaConf.merge(cfg, OmegaConf.create(f"training: {{adversarial: 0.01, {HEAD}}}"))
+    alone = build(cfg, read_initial(cfg, None))[0].state_dict()
+    cfg.trainer.strategy = "fsdp"
+    with mock.patch.object(checkpoints, "read_weights", side_effect=AssertionError("weights were read")):
+        module, *_ = build(cfg, read_initial(cfg, None))
+    made = {name for name, x in module.state_dict().items() if not x.is_meta}
+    assert made and all(x.startswith(("text.", "ema.text.", "teacher.text.", "judge.")) or ".lora_" in x for x in made)
+    assert all(torch.equal(module.state_dict()[x], alone[x]) for x in made)  # drawn alike, whatever was not
+    filled = {f"{network}.{own}": x for network, tensors in module.initial.items() for own, x in tensors.items()}
+    assert filled.keys() | made == alone.keys() and all(torch.equal(x, alone[own]) for own, x in filled.items())
+
+
+def test_weights_of_a_split_model_must_fit_it(folder, monkeypatch):
     monkeypatch.chdir(folder)
     cfg = OmegaConf.load("one/forcing/seed1/config.yaml")
     cfg.trainer.strategy = "fsdp"
-    initial = read_initial(cfg, None)
-    module, *_ = build(cfg, initial)
-    held = [*module.model.parameters(), *module.ema["model"].parameters()]
-    assert all(x.is_meta for x in held) and module.initial["final_table"] is initial["model.final_table"]
-    made, *_ = build(cfg, None)
-    assert not any(x.is_meta for x in made.parameters()) and made.initial is None
+    initial = {k: v for k, v in read_initial(cfg, None).items() if k != "model.final_table"}
     with pytest.raises(ValueError, match=r"weights do not fit the model in 1 tensors \(final_table\)"):
-        build(cfg, {k: v for k, v in initial.items() if k != "model.final_table"})
+        build(cfg, initial)
+    begun, *_ = build(OmegaConf.merge(cfg, {"init_from": None}))
+    assert not any(x.is_meta for x in begun.model.parameters())  # of nothing stored every rank makes it
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_loaders_give_the_same_clips_and_only_ours_keeps_its_order(tmp_path):
     pytest.importorskip("webdataset")
     from benchmarks.speed import loading
 
-    found = loading.measure(loading.Case((4, 3, 6, 8), 9, (48, 64), 160), tmp_path, 1)
+    found = loading.measure(loading.Case((4, 3, 6, 8), 9, (48, 64), 160, 1), tmp_path, 1)
     assert found["clips_compared"] == 160 and found["bytes_a_clip"] == 4 * 3 * 6 * 8 * 2
     assert found["same_order_by_workers"] == {"ours": True, "webdataset": False}
     for name in ("samples_per_s", "processor_ms"):

@@ -6,7 +6,7 @@ ranks, and forward inputs are not cast (times, cameras and gates are fp32).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,14 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, by_block: bool = True) -
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy whole tensors, alike on every rank, into a network; a split one reads its own part only.
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Copy whole tensors of these names, alike on every rank, into a network; a split one takes its own part only.
 
     Raises KeyError for a tensor that is missing.
     """
-    for name, own in network.state_dict().items():
-        given = tensors[name]
+    there = network.state_dict()
+    for name in names:
+        own, given = there[name], tensors[name]
         if isinstance(own, DTensor):
             given = distribute_tensor(given.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
         own.copy_(given)

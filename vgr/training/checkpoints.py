@@ -14,11 +14,12 @@ What is written by `vgr.training.saving` is found, verified and read here. No fi
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -212,18 +213,53 @@ def read_weights(checkpoint: Path, part: str = "ema") -> dict[str, Tensor]:
     return tensors
 
 
+class Stored(Mapping[str, Tensor]):
+    """One part of a checkpoint; a tensor is read, whole and to the CPU, when it is asked for.
+
+    prefix: of the names that are meant, which are told without it. ValueError if the checkpoint is damaged.
+    """
+
+    def __init__(self, checkpoint: Path, part: str = "ema", prefix: str = "") -> None:
+        verify(checkpoint)
+        self._folder, self._prefix, self._stored = checkpoint / part, prefix, stored_tensors(checkpoint / part)
+
+    def under(self, prefix: str) -> Stored:
+        """Those whose names begin with `prefix`, without it."""
+        part = copy.copy(self)
+        part._prefix = self._prefix + prefix
+        return part
+
+    def shapes(self) -> dict[str, Tensor]:
+        """All of them on the meta device."""
+        told = ((name, self._stored[self._prefix + name]) for name in self)
+        return {name: torch.empty(tuple(x.size), dtype=x.properties.dtype, device="meta") for name, x in told}
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self._stored[self._prefix + name]
+        tensors = {self._prefix + name: torch.empty(tuple(info.size), dtype=info.properties.dtype)}
+        load_tensors(tensors, self._folder, alone=True)
+        return tensors[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._stored if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def weights_hash(checkpoint: Path, part: str = "ema") -> str:
     """`tensors_hash` of a verified part (ValueError if damaged)."""
     return tensors_hash(read_weights(checkpoint, part))
 
 
-def tensors_hash(tensors: dict[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of sorted names, dtypes, shapes and bytes.
 
     Equal weights have equal hashes, which their files, with headers in any order and sharded by rank, have not.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgr.models import causal_video_weights, helios, ltx2_weights, weights, world_model_weights
+from vgr.models import surgery as surgery_
 from vgr.models.causal_video import CausalVideo
 from vgr.models.codec import CosineCodec
 from vgr.models.gemma import Gemma2Text
@@ -35,15 +36,20 @@ WEIGHTS = {
 
 
 def rebuild(
-    checkpoint: Path, memory: Mapping[str, Any] | None = None, refiner: bool = False, merged: bool = True
+    checkpoint: Path,
+    memory: Mapping[str, Any] | None = None,
+    refiner: bool = False,
+    merged: bool = True,
+    filled: bool = True,
 ) -> dict[str, Any]:
     """{"model", "text", "codec"} with averaged weights; classes are chosen by name from KNOWN, never imported.
 
     memory: settings of a causal video model's memory, instead of its own. Of a refiner's run if `refiner`, else of one
-    that generates. merged False: adapters stay apart, to be switched off (`nn.lora.without`). FileNotFoundError or
-    ValueError name what is missing, damaged or does not fit.
+    that generates. merged False: adapters stay apart, to be switched off (`nn.lora.without`). filled False: the model
+    stays on the meta device, and {"initial"} is what it is to be filled with. FileNotFoundError or ValueError name what
+    is missing, damaged or does not fit.
     """
-    record, tensors = read(checkpoint, merged=merged)
+    record, tensors = read(checkpoint, merged=merged, whole=filled)
     if (record["model"]["class"] == "Refiner") != refiner:
         told = "makes no refinement" if refiner else "refines what another run made: vgr-sample refiner=<it>"
         raise ValueError(f"{checkpoint} holds a {record['model']['class']}, which {told}")
@@ -58,17 +64,25 @@ def rebuild(
         lora.add(parts["model"], *(record["lora"][k] for k in ("rank", "alpha", "targets")))
     for part in ("model", "text"):
         own, there = part_of(tensors, part), parts[part].state_dict()
-        checkpoints.match(own, {k: v.shape for k, v in there.items()}, checkpoint)
+        checkpoints.match(shapes(own), {k: v.shape for k, v in there.items()}, checkpoint)
+        if part == "model" and not filled:
+            parts["initial"] = own
+            continue
         parts[part].load_state_dict({k: v.to(there[k].dtype) for k, v in own.items()}, assign=part == "model")
     return parts
 
 
 def rebuild_teacher(
-    run: str | Path, codec: Codec | None = None, chunk: int | None = None, cut_prefix: str | None = None
+    run: str | Path,
+    codec: Codec | None = None,
+    chunk: int | None = None,
+    cut_prefix: str | None = None,
+    filled: bool = True,
 ) -> dict[str, Any]:
     """`rebuild` of a run that is asked for whole clips, or for chunks of `chunk` latent frames under their past.
 
-    In latents of `codec` if given, and then with cuts marked by `cut_prefix`. ValueError if it cannot be.
+    In latents of `codec` if given, and then with cuts marked by `cut_prefix`; filled: see there. ValueError if it
+    cannot be.
     """
     checkpoint = checkpoints.resolve(Path(run))
     record = checkpoints.read_generator(checkpoint)
@@ -84,7 +98,7 @@ def rebuild_teacher(
         raise ValueError(f"teacher={run} has sampling.cut_prefix={marked!r}, this run {cut_prefix!r}: set it so")
     if codec is not None:
         refuse_other_codec("teacher", run, codec)
-    return rebuild(checkpoint)
+    return rebuild(checkpoint, filled=filled)
 
 
 def refuse_other_codec(key: str, run: str | Path, codec: Codec) -> None:
@@ -111,8 +125,15 @@ def refuse_other_refiner(source: str | Path, config: dict[str, Any], model: Mapp
         raise ValueError(f"init_from={source} is a refiner of other settings, {', '.join(differ)}: take those")
 
 
-def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, or what tells their shapes without reading them."""
+    return tensors.shapes() if isinstance(tensors, checkpoints.Stored) else dict(tensors)
+
+
+def part_of(tensors: Mapping[str, Tensor], part: str) -> Mapping[str, Tensor]:
     """Tensors of `model` or `text` without that prefix, and without those of a release that no output depends on."""
+    if isinstance(tensors, checkpoints.Stored):
+        return tensors.under(f"{part}.")
     unused = f"{part}.{weights.UNUSED}"
     return {
         k.removeprefix(f"{part}."): v
@@ -121,13 +142,52 @@ def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     }
 
 
+def load_initial(parts: Mapping[str, nn.Module], initial: Mapping[str, Tensor], surgery: Sequence[str]) -> None:
+    """Copy the parts that `initial` holds, the model converted by `surgery`. ValueError where they do not fit."""
+    for part, module in parts.items():
+        stored, fresh = dict(part_of(initial, part)), module.state_dict()
+        if stored:
+            module.load_state_dict(surgery_.convert(stored, fresh, surgery if part == "model" else ()))
+
+
+def fill_later(
+    module: Any, initial: Mapping[str, Tensor] | None, teacher: Mapping[str, Tensor] | None, going_on: bool
+) -> None:
+    """Tell a training module what those of its networks that are on the meta device are filled with, by their names.
+
+    initial: of init_from, for the model and its average; teacher: the teacher's, with which a critic starts unless a
+    checkpoint fills it. ValueError where weights do not fit.
+    """
+    if initial is not None:
+        own = part_of(initial, "model")
+        waiting = {name: x for name, x in module.model.state_dict().items() if x.is_meta}  # adapters are made already
+        surgery_.convert(shapes(own), waiting, ())
+        module.initial |= {"model": own, "ema.model": own}
+    if teacher is not None:
+        module.initial["teacher.model"] = teacher
+        if hasattr(module, "critic") and not going_on:
+            module.initial["critic"] = teacher
+
+
+def load_critic(module: Any, run: Path) -> None:
+    """Critic and judge of a run of self-forcing, as trained; a critic on the meta device later. ValueError if unfit."""
+    stored = checkpoints.Stored(checkpoints.resolve(run), "weights")
+    parts = {name: part for name in ("critic", "judge") if (part := getattr(module, name)) is not None}
+    if "critic" in module.initial:
+        own = part_of(stored, "critic")
+        surgery_.convert(shapes(own), parts.pop("critic").state_dict(), ())
+        module.initial["critic"] = own
+    load_initial(parts, stored, ())
+
+
 def read(
-    source: str | Path, part: str = "ema", revision: str | None = None, merged: bool = True
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    source: str | Path, part: str = "ema", revision: str | None = None, merged: bool = True, whole: bool = True
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """generator.json and tensors (`model.*`, `text.*`) of a run (`part`: ema or weights), or weights in any form.
 
     Adapters, a run's or a folder of PEFT's, come merged into their base, a run's beside it if not `merged`. Of weights
-    there is no text, and the record has the model only.
+    there is no text, and the record has the model only. whole False: of a run without adapters each tensor is read when
+    it is asked for; weights in other forms are mapped from their files in any case.
     FileNotFoundError or ValueError say what is missing, damaged, not a world model, or a base that has changed.
     """
     try:
@@ -137,7 +197,10 @@ def read(
             return _with_adapters(Path(source))
         name, config, tensors = _weights(source, revision)
         return {"model": {"class": name, "config": config}}, {f"model.{k}": v for k, v in tensors.items()}
-    record, tensors = checkpoints.read_generator(folder), checkpoints.read_weights(folder, part)
+    record = checkpoints.read_generator(folder)
+    if not whole and "lora" not in record:
+        return record, checkpoints.Stored(folder, part)
+    tensors = checkpoints.read_weights(folder, part)
     if "lora" in record:
         told = record["lora"]
         base = _base(told, folder)

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -135,7 +135,7 @@ class SelfForcing(pl.LightningModule):
         self.ema_half_life, self.validation_levels = ema_half_life, tuple(validation_levels)
         self.samples_seen = self._micro_batches = 0
         self.last_step: dict[str, float] = {}
-        self.initial: dict[str, Tensor] | None = None  # of a model that is filled when it is split
+        self.initial: dict[str, Mapping[str, Tensor]] = {}  # by names of networks that are filled when they are split
         self._sums: dict[str, Tensor] = {}
 
     validate = validate_average

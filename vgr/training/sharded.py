@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,7 +34,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def split(self, module: pl.LightningModule) -> None:
         """Split every network of a training module; called by its `configure_model`, once.
 
-        Model and average may be on the meta device: then each rank takes its part of `module.initial`, if any.
+        What is on the meta device gets memory: each rank takes its part of `module.initial` by the network's name, a
+        tensor at a time; without one a checkpoint is about to fill it.
         """
         kind, world = self.root_device.type, self.world_size
         shape, names = ((world,), ("shard",)) if self.replicas == 1 else (
@@ -41,25 +43,26 @@ class ShardedStrategy(ModelParallelStrategy):
         )  # fmt: skip
         mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
         shard = None if self.context == 1 else ContextShard(self.device_mesh["tensor_parallel"].get_group())
-        initial, module.initial = module.initial, None
+        initial, module.initial = module.initial, {}
         for name, network in networks(module):
-            made = not any(x.is_meta for x in network.parameters())
+            waiting = [own for own, x in network.state_dict().items() if x.is_meta]
             if any(True for _ in network.parameters()):
                 fsdp.shard_network(network, mesh, by_block=name != "judge")  # whose heads are not called as modules
-            if not made:
-                network.to_empty(device=self.root_device)
-                if initial is not None:  # else a checkpoint is about to fill it
-                    fsdp.fill(network, initial)
+            if waiting:
+                network._apply(lambda x: torch.empty_like(x, device=self.root_device) if x.is_meta else x)
+            if name in initial:
+                fsdp.fill(network, initial[name], waiting)
             if shard is not None and hasattr(network, "shards_frames"):
                 split_calls(network, shard)
 
 
 def networks(module: pl.LightningModule) -> list[tuple[str, nn.Module]]:
-    """Networks of a training module, its own and those it keeps in dictionaries (averages, teacher), by name."""
+    """Networks of a training module, its own and those it keeps in dictionaries, by name: `model`, `ema.model`."""
     found: dict[nn.Module, str] = {}
     for name, child in module.named_children():
-        for part, network in child.items() if isinstance(child, nn.ModuleDict) else [(name, child)]:
-            found.setdefault(network, part)  # a text encoder that is never trained is its own average
+        inside = [(f"{name}.{part}", x) for part, x in child.items()] if isinstance(child, nn.ModuleDict) else None
+        for path, network in inside or [(name, child)]:
+            found.setdefault(network, path)  # a text encoder that is never trained is its own average
     return [(name, network) for network, name in found.items()]
 
 

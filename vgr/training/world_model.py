@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -94,7 +94,7 @@ class WorldModelTraining(pl.LightningModule):
         self.validation_levels = tuple(validation_levels)
         self.samples_seen = 0
         self.last_step: dict[str, float] = {}
-        self.initial: dict[str, Tensor] | None = None  # of a model that is filled when it is split
+        self.initial: dict[str, Mapping[str, Tensor]] = {}  # by names of networks that are filled when they are split
         self._pending: list[tuple[VideoBatch, Tensor]] = []
 
     validate = validate_average

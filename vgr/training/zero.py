@@ -87,24 +87,24 @@ class ZeroStrategy(DDPStrategy):
     def split(self, module: pl.LightningModule) -> None:
         """Stage 3: put every parameter on the device and split it, one by one; called by `configure_model`, once.
 
-        Model and average may be on the meta device: then they are filled from `module.initial`, if any, else a
-        checkpoint is about to.
+        Networks may be on the meta device: then they are filled from `module.initial` by their names, else a checkpoint
+        is about to.
         """
         if self.stage < 3:
             return
         from deepspeed.utils import set_z3_leaf_module
 
-        initial, module.initial = module.initial, None
+        initial, module.initial = module.initial, {}
         zero, config = _deepspeed(self.root_device).zero, self._config()
-        for _, network in networks(module):
+        for called, network in networks(module):
             for block in blocks(network):
                 set_z3_leaf_module(block, True)  # gathered as one: their modules may read each other's parameters
             for path, part in reversed(list(network.named_modules())):  # children first: a module's own are left
                 for name, p in list(part.named_parameters(recurse=False)):
                     if p.is_meta:
                         made = torch.empty_like(p, device=self.root_device)
-                        if initial is not None:
-                            made.copy_(initial[f"{path}.{name}".lstrip(".")])
+                        if called in initial:
+                            made.copy_(initial[called][f"{path}.{name}".lstrip(".")])
                         setattr(part, name, nn.Parameter(made, p.requires_grad))
                 zero.Init(module=part, config_dict_or_path=config)
         for p in module.text.parameters(recurse=False):  # it makes no tensors, by which it would be seen backward

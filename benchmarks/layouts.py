@@ -20,6 +20,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from vgr.data.files import write_json
 from vgr.training import checkpoints
 from vgr.training.code_state import difference, environment
 
-SHORT = ("training.global_batch=16", "training.max_samples=320", "every.log=16",
-         "every.validate=160", "every.save=320", "data.val_clips=8", "trainer.precision=32-true")  # fmt: skip
-WARM = "training.warmup_samples=32"
+BATCH = 8
+SHORT = (f"training.global_batch={BATCH}", f"training.max_samples={20 * BATCH}", f"every.log={BATCH}",
+         f"every.validate={20 * BATCH}", f"every.save={20 * BATCH}", "data.val_clips=8",
+         "trainer.precision=32-true")  # fmt: skip
+WARM = f"training.warmup_samples={2 * BATCH}"
 # By name: its preset, and the arguments that make it start from nothing, or from the first one's run.
 TRAININGS = {
     "world model": ("world_model/tiny", ("shards=data/worlds", WARM)),
@@ -104,16 +107,16 @@ def compared(one: Path, many: Path) -> dict[str, float]:
     }
 
 
-def planned(ranks: int) -> dict[str, dict[str, Any]]:
-    """Rows by `training, layout`: {"gb": of a GPU of `ranks`}, at full size, or {"failed": why}."""
-    rows = {}
-    for name, layout in tracked(ROWS, "planned"):
+def planned(ranks: int, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, dict[str, Any]]]:
+    """`known` with one row after another: {"gb": of a GPU of `ranks`}, at full size, or {"failed": why}."""
+    rows = dict(known)
+    for name, layout in tracked([row for row in ROWS if ", ".join(row) not in known], "planned"):
         words = (*PLANNED[name], *LAYOUTS[layout], f"trainer.devices={ranks}")
         done = subprocess.run([sys.executable, "-m", "vgr.train", *words], capture_output=True, text=True)
         peak = re.search(r"^peak +([\d.]+) GB", done.stdout, re.MULTILINE)
         why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         rows[f"{name}, {layout}"] = {"gb": float(peak[1])} if peak and not done.returncode else {"failed": why}
-    return rows
+        yield rows
 
 
 def measure(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any]]:
@@ -126,7 +129,7 @@ def measure(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any
             raise RuntimeError(f"{name} on one device: {failed}")
     rows: dict[str, dict[str, Any]] = {}
     for name, layout in tracked([row for row in ROWS if ranks >= least_ranks(row[1])], f"{ranks} ranks"):
-        micro = max(1, 16 // (ranks // (2 if "context" in layout else 1)))
+        micro = max(1, BATCH // (ranks // (2 if "context" in layout else 1)))
         own = (*LAYOUTS[layout], on, f"trainer.devices={ranks}", f"data.micro_batch={min(micro, 4)}")
         run, failed = train(work, name, f"runs/{layout.replace(' ', '_')}_{ranks}", *own)
         rows[f"{name}, {layout}"] = {"failed": failed} if run is None else compared(ones[name], run)
@@ -138,22 +141,26 @@ def trained(work: Path, accelerator: str, ranks: int) -> dict[str, dict[str, Any
     work = work / f"{environment()['commit']}_{hashlib.sha256(difference()).hexdigest()[:8]}"
     work.mkdir(parents=True, exist_ok=True)
     for kind, out in (("worlds_tiny", "worlds"), ("story_tiny", "stories")):
-        words = (f"data={kind}", f"out=data/{out}", "train_clips=64", "val_clips=8")
+        words = (f"data={kind}", f"out=data/{out}", "train_clips=32", "val_clips=8")
         if failed := call(work, "prepare", *words):
             raise SystemExit(f"vgr-prepare data={kind}: {failed}")
     return measure(work, accelerator, ranks)
 
 
 def table(columns: dict[str, Any]) -> str:
-    """Markdown: a row a training and layout, a column a machine; empty where nothing was run."""
+    """Markdown: a row a training and layout, a column a machine; empty where nothing was run.
+
+    Of a training the largest relative difference of a loss: Adam makes whole steps of a gradient's rounding near zero,
+    which weights show and losses do not.
+    """
     names = list(columns)
     rows = [f"{name}, {layout}" for name, layout in ROWS]
-    lines = ["| 20 steps, against one device | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = ["| losses of 20 steps, against one device | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         cells = []
         for name in names:
             told = columns[name]["rows"].get(row, {})
-            number = f"{told['weights_max']:.0e}" if "weights_max" in told else ""
+            number = f"{told['loss_max_relative']:.0e}" if "loss_max_relative" in told else ""
             number = f"{told['gb']} GB" if "gb" in told else number
             cells.append("no" if "failed" in told else number)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -171,14 +178,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.accelerator == "gpu" and torch.cuda.device_count() < args.ranks:
         parser.error(f"--ranks {args.ranks}: torch finds {torch.cuda.device_count()} GPUs here")
+    columns = json.loads(args.out.read_text()) if args.out.is_file() else {}
     if args.plan:
-        device, rows = "H200, planned", planned(args.ranks)
+        name, now = f"{args.ranks} x H200, planned", environment()
+        known = columns.get(name, {"environment": None})
+        for rows in planned(args.ranks, known["rows"] if known["environment"] == now else {}):
+            columns[name] = {"rows": rows, "environment": now}
+            write_json(args.out, columns)
     else:
         device = torch.cuda.get_device_name() if args.accelerator == "gpu" else "CPU, gloo"
         rows = trained(args.work, args.accelerator, args.ranks)
-    columns = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    columns[f"{args.ranks} x {device}"] = {"rows": rows, "environment": environment()}
-    write_json(args.out, columns)
+        columns[f"{args.ranks} x {device}"] = {"rows": rows, "environment": environment()}
+        write_json(args.out, columns)
     print(table(columns))
 
 

@@ -36,6 +36,7 @@ LAYOUTS = {
     "context": (2, ("trainer.devices=2", "fsdp.context=2")),
     "hybrid": (4, ("trainer.devices=4", "fsdp.replicas=2", "fsdp.context=2")),
     "ddp": (2, ("trainer.devices=2", "trainer.strategy=ddp")),
+    "compiled": (2, ("trainer.devices=2", "compile=true")),
 }
 # All trainings of a layout in one process a rank: to import torch takes longer than they do.
 PROGRAM = """
@@ -99,7 +100,8 @@ def _alike(one, many):
 
 SOME = {"fsdp": ("mini", "forcing"), "context": ("base", "forcing")}
 ALL = ("mini", *PRESETS)
-CASES = [*SOME.items(), *(pytest.param(x, ALL, marks=pytest.mark.slow) for x in LAYOUTS)]
+SLOW = {x: ALL for x in LAYOUTS} | {"compiled": ("mini", "adapters")}
+CASES = [*SOME.items(), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW.items())]
 
 
 @pytest.mark.parametrize(("layout", "names"), CASES)

@@ -4,15 +4,11 @@
     vgr-bench videos=folder                            # anyone's, without weights or data
     vgr-bench videos=folder shards=datasets/doom/val protocol=standard check=true
     vgr-bench checkpoint=weights/run protocol=sana_wm_simple requests=SANA-WM-Bench/benchmark_v2_smooth_60s
-    vgr-bench compare=[runA/bench/standard,runB/bench/standard]
 
 Making and measuring are apart, and both go on where they stopped: a video that stands and was made by the same weights,
 settings and protocol is not made again, nor measured again by the same code. part=2/8 does an eighth of both; without
 part= the same command then finds all of it and writes the results.
-
-compare= takes folders of finished results (results.json, videos.jsonl and the videos they name) of one protocol and
-writes compare.html, which needs no network, and compare.json with the same numbers: each run's measures, paired
-differences to the first run with tests over the whole family, drift, latency, speed against quality, videos in step.
+Finished results stand side by side by `vgr-compare runs=[...]`.
 """
 
 from __future__ import annotations
@@ -50,9 +46,6 @@ def body(cfg: DictConfig) -> None:
     from vgr.report.sets import open_set
     from vgr.training import tracking
 
-    if cfg.compare is not None:
-        print(_compare(cfg))
-        return
     if cfg.checkpoint is not None and cfg.videos is not None or not (cfg.checkpoint or cfg.videos or cfg.check):
         raise ValueError("give either checkpoint=<run folder> or videos=<folder of mp4>, and not both")
     protocol = load_protocol(cfg.protocol or ("general" if cfg.videos and not cfg.shards else "smoke"))
@@ -91,16 +84,6 @@ def body(cfg: DictConfig) -> None:
         wandb_run=run,
     )  # fmt: skip
     print(page or f"part {cfg.part} is done; the same command without part= writes the results once all are")
-
-
-def _compare(cfg: DictConfig) -> Path:
-    """The page of finished results beside each other. ValueError for settings of a measurement beside them."""
-    from vgr.report import compare
-
-    measuring = ("checkpoint", "videos", "requests", "shards", "check", "part", "protocol", "statistics", "logger")
-    if beside := [key for key in measuring if cfg[key]]:
-        raise ValueError(f"compare= reads finished results and takes no {', '.join(beside)}; leave that out")
-    return compare.write([cfg.compare] if isinstance(cfg.compare, str) else cfg.compare, cfg.out)
 
 
 def _asked(cfg: DictConfig, protocol: dict[str, Any]) -> tuple[list[Request] | None, str | None]:

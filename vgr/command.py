@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,13 @@ import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,7 +46,7 @@ def root() -> Path:
 
 
 class ExperimentsSource(FileConfigSource):
-    """The root folder as a config source that shows only experiments/ (a checkout holds much else)."""
+    """The root folder as a config source that shows only experiments/ (a checkout holds much else), with arms."""
 
     @staticmethod
     def scheme() -> str:
@@ -51,7 +56,33 @@ class ExperimentsSource(FileConfigSource):
         return config_path.split("/")[0] in ("", "experiments") and super().is_group(config_path)
 
     def is_config(self, config_path: str) -> bool:
-        return config_path.startswith("experiments/") and super().is_config(config_path)
+        if not config_path.startswith("experiments/"):
+            return False
+        return super().is_config(config_path) or self._arm(config_path) is not None
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        from vgr import studies
+
+        if (preset := self._arm(config_path)) is None:
+            return super().load_config(config_path)
+        told = (self.provider, self.full_path(), studies.config(preset))
+        return ConfigResult(*told, header={"package": "_global_"})
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        from vgr import studies
+
+        listed, group = super().list(config_path, results_filter), config_path.strip("/").removeprefix("experiments/")
+        if group in studies.names() and results_filter is not ObjectType.GROUP:
+            listed += (name.partition("/")[2] for name in studies.presets() if name.startswith(f"{group}/"))
+        return sorted(listed)
+
+    @staticmethod
+    def _arm(config_path: str) -> str | None:
+        """The preset of a path, if it is an arm of a study."""
+        from vgr import studies
+
+        preset = config_path.removeprefix("experiments/").removesuffix(".yaml")
+        return None if studies.find(preset) is None else preset
 
 
 class ExperimentsPath(SearchPathPlugin):
@@ -67,31 +98,61 @@ def setup() -> None:
     Plugins.instance().register(ExperimentsPath)
 
 
+class SweepError(Exception):
+    """A job of a sweep has failed and said so; the other jobs go on. code: its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def run(config_name: str, body: Callable[[DictConfig], None]) -> None:
     """Parse the command line, compose conf/<config_name>.yaml and call body(cfg).
 
     A user's mistake (ValueError, OSError, anything Hydra or OmegaConf refuses) ends as one line on stderr
     and exit code 2, a diverged run (FloatingPointError) with code 3; a traceback only if HYDRA_FULL_ERROR=1.
+    A sweep (-m) tells the errors of a job, goes on with the next and ends with the least code of those that failed.
     """
-    full = os.environ.get(_FULL) == "1"
+    full, codes = os.environ.get(_FULL) == "1", []
+
+    def told(error: Exception, job: str = "") -> int:
+        """Say what is wrong; the exit code. Raises what is no user's mistake."""
+        while isinstance(error, InstantiationException) and error.__cause__ is not None:
+            error = error.__cause__
+        if full or not isinstance(error, _USER_ERRORS):
+            raise error
+        print(f"vgr-{config_name}: error: {job}{explain(error, config_name)}", file=sys.stderr, flush=True)
+        return 3 if isinstance(error, FloatingPointError) else 2
 
     def guarded(call: Callable[[], object]) -> None:
         try:
             call()
+        except SweepError as error:
+            sys.exit(min([error.code, *codes]))
         except Exception as error:
-            while isinstance(error, InstantiationException) and error.__cause__ is not None:
-                error = error.__cause__
-            if full or not isinstance(error, _USER_ERRORS):
-                raise
-            print(f"vgr-{config_name}: error: {explain(error, config_name)}", file=sys.stderr, flush=True)
-            sys.exit(3 if isinstance(error, FloatingPointError) else 2)
+            sys.exit(told(error))
         finally:
             if not full:
                 os.environ.pop(_FULL, None)
 
+    def swept(call: Callable[[], object]) -> None:
+        code = 0
+        try:
+            call()
+        except Exception as error:
+            try:
+                code = told(error, f"{' '.join(HydraConfig.get().overrides.task)}: ")
+            except Exception:
+                traceback.print_exc()
+                code = 1
+        if code:  # raised here, it does not keep the networks of the job
+            codes.append(code)
+            raise SweepError(code)
+
     def job(cfg: DictConfig) -> None:
         # Guarded here too: an error that leaves a job makes Hydra print lines of its own.
-        guarded(lambda: (check_keys(cfg, config_name), body(cfg)))
+        sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        (swept if sweep else guarded)(lambda: (check_keys(cfg, config_name), body(cfg)))
 
     setup()
     os.environ[_FULL] = "1"  # makes Hydra raise instead of printing and exiting
@@ -160,14 +221,21 @@ def suggestion(name: str, valid: Iterable[str], otherwise: str = "; --help lists
 
 
 def presets() -> list[str]:
-    """Names of the shipped presets, e.g. world_model/tiny."""
+    """Names of the shipped presets, e.g. world_model/tiny, and of the arms of studies."""
+    from vgr import studies
+
     base = root() / "experiments"
-    return sorted(p.relative_to(base).with_suffix("").as_posix() for p in base.rglob("*.yaml"))
+    return sorted([*(p.relative_to(base).with_suffix("").as_posix() for p in base.rglob("*.yaml")), *studies.presets()])
 
 
-def preset_file(name: str) -> Path:
-    """The YAML file of a shipped preset."""
-    return root() / "experiments" / f"{name}.yaml"
+def preset_header(name: str) -> dict[str, str]:
+    """What a shipped preset says of itself: Question, Paper, Hardware, Hours, Needs; Memory where it was measured."""
+    from vgr import studies
+
+    if studies.find(name) is not None:
+        return studies.header(name)
+    text = (root() / "experiments" / f"{name}.yaml").read_text(encoding="utf-8")
+    return dict(re.findall(r"^# (\w+): *(.+)$", text, re.MULTILINE))
 
 
 def compose(config_name: str, overrides: Iterable[str] = ()) -> DictConfig:

@@ -7,7 +7,6 @@ vgr-train --list
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,8 +75,10 @@ def train(cfg: DictConfig, run_dir: Path) -> None:
     if checkpoint is not None:
         refuse_other_config(checkpoints.read_state(checkpoint)["config"], config, checkpoint)
     module, data, codec = build(cfg, initial, checkpoint is not None)
+    inputs = rank_zero_only(made_from)(cfg, config, module, data, initial)
     del initial  # 11 GB at full size
     steps = prepare_run(cfg, config, run_dir, module, data, codec, checkpoint)
+    steps.record.keep(inputs)
     try:
         trainer.fit(settings, steps, module, data, cfg.compile)
     except FloatingPointError as error:
@@ -267,6 +268,24 @@ def read_initial(cfg: DictConfig, checkpoint: Path | None) -> Mapping[str, Tenso
     return initial
 
 
+def made_from(
+    cfg: DictConfig, config: dict[str, Any], module: callbacks.Training, data: pl.LightningDataModule,
+    initial: Mapping[str, Tensor] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """inputs.json: hashes of the shards, of the weights a run starts from and of its protocol, and its parameters."""
+    from vgr.bench import load_protocol
+    from vgr.report.sets import fingerprint
+    from vgr.training.checkpoints import tensors_hash
+
+    told = {"data.train": fingerprint([shards.manifest for shards in data.train_sets]),
+            "data.val": fingerprint([data.val_shards.manifest])}  # fmt: skip
+    if initial is not None:
+        told["init_from"] = config.get("init_from_sha256") or tensors_hash(initial)
+    if cfg.every.bench:
+        told["bench"] = load_protocol(cfg.bench)["sha256"]
+    return told | {"parameters": sum(p.numel() for part in (module.model, module.text) for p in part.parameters())}
+
+
 def prepare_run(
     cfg: DictConfig,
     config: dict[str, Any],
@@ -326,29 +345,43 @@ def generator_record(
 
 
 def preset_table() -> str:
-    """One paragraph a preset: parameters, devices, memory, needs, and the question of its header."""
-    import torch
-    from hydra.utils import instantiate
+    """One paragraph a preset: parameters, devices, memory, needs, and its question; one a study of many arms."""
+    from vgr import planner, studies
 
-    from vgr import planner
-
-    rows = []
+    rows, arms = [], studies.presets()
     for name in command.presets():
-        cfg = command.compose("train", [f"experiments={name}"])
-        with torch.device("meta"):
-            modules = [instantiate(cfg.model), instantiate(cfg.text)]
-        parameters = sum(p.numel() for m in modules for p in m.parameters())
-        header = dict(re.findall(r"^# (\w+): *(.*)$", command.preset_file(name).read_text(), re.MULTILINE))
+        if name in arms:
+            continue
+        cfg, header = command.compose("train", [f"experiments={name}"]), command.preset_header(name)
         if (memory := header.get("Memory")) is None:
             held = planner.held(planner.module_of(cfg), planner.Layout())
             memory = f"about {sum(held.values()) / 2**30:.2f} GiB and activations (estimated; plan=true tells them)"
         rows.append(
             f"experiments={name}\n"
-            f"  parameters {parameters / 1e6:.1f} M   devices {header['Hardware']}   memory {memory}\n"
+            f"  parameters {_parameters(name):.1f} M   devices {header['Hardware']}   memory {memory}\n"
             f"  needs {header['Needs']}   hours {header['Hours']}\n"
             f"  {header['Question']}"
         )
+    for study in map(studies.read, studies.names()):
+        row = [f"experiments={study.name}/<arm> of {', '.join(arm.name for arm in study.arms)}"]
+        for tiny, scale in ((False, study.full), (True, study.tiny)):
+            sizes = sorted(_parameters(name) for name in study.presets(tiny))
+            told = " to ".join(dict.fromkeys(f"{size:.1f}" for size in (sizes[0], sizes[-1])))
+            row.append(f"  {f'<arm>{studies.TINY}: ' * tiny}parameters {told} M   devices {scale.hardware}")
+            row.append(f"  needs {scale.needs}   hours {scale.hours} an arm")
+        rows.append("\n".join([*row, f"  {study.question}"]))
     return "\n".join(rows)
+
+
+def _parameters(preset: str) -> float:
+    """Millions of them in a preset's model and its own text encoder."""
+    import torch
+    from hydra.utils import instantiate
+
+    cfg = command.compose("train", [f"experiments={preset}"])
+    with torch.device("meta"):
+        modules = [instantiate(cfg.model), instantiate(cfg.text)]
+    return sum(p.numel() for m in modules for p in m.parameters()) / 1e6
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from small_training import PRESET, make_project, metrics, train
 
+from vgr import command
 from vgr.training import checkpoints
 
 TIMES = [1.0, 0.75, 0.0]
@@ -50,6 +52,9 @@ def chain(tmp_path_factory):
     folder = make_project(tmp_path_factory.mktemp("causal"))
     (folder / "own/model").mkdir()
     (folder / "own/model/video.yaml").write_text(MODEL)
+    jump = command.compose("train", ["experiments=causal_video/consistency"]).training
+    (folder / "own/training").mkdir()
+    (folder / "own/training/consistency.yaml").write_text(OmegaConf.to_yaml(jump))
     for stage in STAGES:
         (folder / "own/experiments" / f"{stage}.yaml").write_text(_preset(stage))
     done = {"base": train(folder, "experiments=base")}

@@ -12,6 +12,7 @@ from scipy import stats
 from test_bench import FPS, FRAMES, PROTOCOL, World, shift_estimator, turning
 
 from vgr import bench as bench_
+from vgr import compare as command_
 from vgr.data.video import encode_video
 from vgr.report import compare, measure, page
 from vgr.report.curves import Line, chart, steps
@@ -245,25 +246,29 @@ def test_results_that_do_not_go_together_are_refused_in_one_line(root, tmp_path,
 
 def run_command(words, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["vgr-bench", *words])
-    bench_.main()
+    monkeypatch.setattr("sys.argv", ["vgr-compare", *words])
+    command_.main()
 
 
 def test_the_command_writes_both_files_where_it_says(root, tmp_path, monkeypatch, capsys, both):
-    run_command([f"compare=[{root}/runs/a,{root}/runs/b]"], tmp_path, monkeypatch)
+    run_command([f"runs=[{root}/runs/a,{root}/runs/b]"], tmp_path, monkeypatch)
     path = tmp_path / "runs" / "bench" / "compare" / "test" / "compare.html"
     assert capsys.readouterr().out.strip() == str(path.relative_to(tmp_path)) and path.read_text() == both[0]
     assert json.loads(path.with_suffix(".json").read_text()) == both[1]
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["compare=[{}/runs/a]"], "give 2 to 8 folders"),
-    (["compare={}/runs/a"], "give 2 to 8 folders"),
-    (["compare=[]"], "give 2 to 8 folders"),
-    (["compare=[{0}/runs/a,{0}/runs/b]", "checkpoint=run"], "takes no checkpoint"),
-    (["compare=[{0}/runs/a,{0}/runs/b]", "videos=x", "check=true", "part=0/2"], "takes no videos, check, part"),
-    (["compare=[{0}/runs/a,{0}/runs/b]", "shards=x", "requests=y"], "takes no requests, shards"),
-    (["compare=[{}/runs/a,nowhere]"], "nowhere holds no results.json"),
+    (["runs=[{}/runs/a]"], "give 2 to 8 folders"),
+    (["runs={}/runs/a"], "give 2 to 8 folders"),
+    (["runs=[{0}/runs/a,{0}/runs/b]", "study=camera_encoding"], "takes no study"),
+    (["runs=[{0}/runs/a,{0}/runs/b]", "metrics=[val/loss]", "publish=true"], "takes no metrics, publish"),
+    (["runs=[{}/runs/a,nowhere]"], "runs/a holds benchmark results and nowhere none"),
+    (["runs=[nowhere]"], "nowhere holds no run of vgr-train, no W&B file of one and no results.json"),
+    (["runs=[]"], "give runs=[folder,...], study=<name> or wandb="),
+    (["study=camera_encodin"], "did you mean camera_encoding?"),
+    (["sweep=true"], "give study=<name> alone"),
+    (["study=camera_encoding", "metrics=[val/loss]"], "study=camera_encoding has its own metrics"),
+    (["stdy=x"], "did you mean `study`?"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line_and_code_2_and_write_nothing(root, tmp_path, monkeypatch, capsys, words, told):
     with pytest.raises(SystemExit) as ended:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "vgr").rglob("*.py"))
 BASE = {"types", "seeding"}
-COMMANDS = {"command", "train", "trainer", "planner", "sample", "bench", "prepare", "export"}
+COMMANDS = {"command", "train", "trainer", "planner", "sample", "bench", "prepare", "export", "compare"}
 LIBRARY = {"geometry", "nn", "models", "diffusion", "distillation", "parallel", "metrics", "data"}
 MAY_IMPORT = {
     "types": set(),
@@ -29,7 +29,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "pytorch_lightning": {"training", "data/modules", *COMMANDS},
     "hydra": COMMANDS,
-    "wandb": {"training/tracking", "report/mirror"},
+    "wandb": {"training/tracking", "report/mirror", "report/wandb_runs", "report/wandb_report"},
+    "wandb_workspaces": {"report/wandb_report"},
     "vizdoom": {"data/doom"},
     "deepspeed": {"training/zero"},
     "pycolmap": {"geometry/mapping", "geometry/reconstruct"},

@@ -8,13 +8,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from vgr import command
+from vgr import command, studies
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 MODEL = ("mixer", "sink", "window", "routed")
 SMALL = ("world_model/tiny", "world_model/doom_small", "warp_adapter/base_tiny", "warp_adapter/tiny")
-STAGES = [name for name in command.presets() if name not in (*SMALL, "warp_adapter/one_video")]
+APART = (*SMALL, "warp_adapter/one_video", *studies.presets())  # arms of studies have twins of their own
+STAGES = [name for name in command.presets() if name not in APART]
 SAME = ("training._target_", "training.chunk", "surgery", "sampling.method", *map("model.{}".format, MODEL))
 
 
@@ -32,8 +33,10 @@ def test_preset_builds_with_its_declared_size(name):
     with torch.device("meta"):
         parts = [instantiate(cfg.model), instantiate(cfg.text)]
     count = sum(p.numel() for part in parts for p in part.parameters()) / 1e6
-    row = re.search(rf"^\| `{name}` \|.*?\| ([\d.]+) M \|", README, re.MULTILINE)
-    assert row, f"{name} has no row in README's table of presets"
+    arm = studies.find(name)
+    page = (arm[0].folder / "README.md").read_text() if arm else README
+    row = re.search(rf"^\| `{name}` \|.*?\| ([\d.]+) M \|", page, re.MULTILINE)
+    assert row, f"{name} has no row in the table of presets, of README or of its study's README"
     assert f"{count:.1f}" == row.group(1)
 
 
@@ -81,5 +84,5 @@ def test_a_size_changes_more_for_one_kind_of_training_and_yields_to_the_command_
 
 @pytest.mark.parametrize("name", command.presets())
 def test_preset_says_what_it_asks(name):
-    header = dict(re.findall(r"^# (\w+): *(.+)$", command.preset_file(name).read_text(), re.MULTILINE))
-    assert header.keys() >= {"Question", "Paper", "Hardware", "Hours", "Needs"}
+    header = command.preset_header(name)
+    assert header.keys() >= {"Question", "Paper", "Hardware", "Hours", "Needs"} and all(header.values())

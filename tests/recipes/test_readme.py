@@ -1,5 +1,6 @@
 """Every command of the READMEs composes; every make target, path and package they name exists."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -34,7 +35,12 @@ def test_command_is_true(words):
         assert all(f'"{flag}"' in source for flag in rest if flag.startswith("--"))
     else:
         assert name.startswith("vgr-")
-        if rest != ["--list"]:
+        if rest[0] == "-m":  # a sweep: each of its jobs
+            choices = [[f"{key}={value}" for value in values.split(",")] for key, _, values in
+                       (word.partition("=") for word in rest[1:])]  # fmt: skip
+            for job in itertools.product(*choices):
+                command.compose(name.removeprefix("vgr-"), job)
+        elif rest != ["--list"]:
             command.compose(name.removeprefix("vgr-"), rest)
 
 

@@ -67,6 +67,32 @@ def test_help_config_and_sweep(tmp_path):
     assert swept.stdout.split() == ["False", "6", "False", "7"]  # and torch is not imported by the wrapper
 
 
+@pytest.mark.parametrize(
+    "seeds, code, told",
+    [
+        ("4,6", 3, ["vgr-train: error: seed=4: diverged"]),
+        ("4,6,2", 2, ["vgr-train: error: seed=4: diverged", "vgr-train: error: seed=2: two lines"]),
+        ("5,6", 1, ["Traceback", "KeyError"]),
+    ],
+)
+def test_a_sweep_goes_on_after_a_job_that_failed_and_says_so_at_its_end(tmp_path, seeds, code, told):
+    done = call(tmp_path, "-m", f"seed={seeds}")
+    assert done.returncode == code
+    assert [line.split()[1] for line in done.stdout.splitlines()] == seeds.split(",")
+    assert all(line in done.stderr for line in told)
+
+
+def test_own_presets_stand_beside_arms_of_studies(tmp_path):
+    own = tmp_path / "my" / "experiments" / "attention"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\nseed: 9\n")
+    assert call(tmp_path, "--config-dir", "my", "experiments=attention/mine").stdout.split() == ["False", "9"]
+    arm = ["--config-dir", "my", "experiments=attention/head_keys_tiny"]
+    assert "key_scale: head" in call(tmp_path, *arm, "--cfg", "job").stdout
+    help_ = call(tmp_path, "--help").stdout
+    assert "plain_keys_tiny" in help_ and "hybrid_4" in help_
+
+
 def test_own_presets_and_their_misspelt_keys(tmp_path):
     own = tmp_path / "my" / "experiments"
     own.mkdir(parents=True)

@@ -89,6 +89,39 @@ def paired(
     return difference, float(test.pvalue), float((np.sign(moved) * ranks).sum() / max(ranks.sum(), 1.0))
 
 
+def crossed(values_SC: ArrayLike) -> tuple[Interval, float]:
+    """Mean over training seeds (S) and clips (C) that are both a sample: its 95 % interval, and the two-sided p of it
+    being zero; of a - b of two arms, seed by seed and clip by clip, they are the paired ones.
+
+    By the mean squares of the two-way layout, MS_S + MS_C - MS_SC with Satterthwaite's degrees of freedom (the quasi-F
+    of Clark 1973), never below the larger of MS_S and MS_C. A bootstrap of three seeds is too narrow; over clips alone,
+    or over seeds alone, the other's spread is missing. One column: Student's interval over seeds. One seed: over
+    clips, without a p, since another seed might have said otherwise. A clip that has no value in some seed has failed.
+    """
+    from scipy import stats
+
+    every = np.atleast_2d(np.asarray(values_SC, dtype=np.float64))
+    v = every[:, np.isfinite(every).all(0)]
+    (seeds, clips), failed = v.shape, every.shape[1] - v.shape[1]
+    if not v.size:
+        return Interval(np.nan, np.nan, np.nan, 0, failed), np.nan
+    mean, free = float(v.mean()), np.array([seeds - 1, clips - 1, (seeds - 1) * (clips - 1)])
+    effects = [v.mean(1, keepdims=True) - mean, v.mean(0, keepdims=True) - mean]
+    squares = np.array([(np.broadcast_to(x, v.shape) ** 2).sum() for x in (*effects, v - mean - sum(effects))])
+    if not free[:2].any():
+        return Interval(mean, np.nan, np.nan, clips, failed), np.nan
+    terms = np.where(free > 0, squares / np.maximum(free, 1), 0.0) * (1, 1, -1)
+    largest = int(terms[1] > terms[0])
+    whole = max(terms.sum(), terms[largest])
+    if whole <= 1e-24 * max(1.0, mean * mean):  # equal values, but for rounding
+        return Interval(mean, mean, mean, clips, failed), (float(mean == 0) if seeds > 1 else np.nan)
+    dof = free[largest] if whole == terms[largest] else whole**2 / (terms**2 / np.maximum(free, 1)).sum()
+    error = np.sqrt(whole / v.size)
+    half = float(stats.t.ppf(0.975, dof) * error)
+    p = float(2 * stats.t.sf(abs(mean) / error, dof)) if seeds > 1 else np.nan
+    return Interval(mean, mean - half, mean + half, clips, failed), p
+
+
 def discoveries(p_values: ArrayLike, q: float = 0.05) -> NDArray[np.bool_]:
     """Which tests of one family, (K,) p values, stand at false-discovery rate q (Benjamini-Hochberg); NaN never do."""
     from scipy import stats

@@ -51,7 +51,8 @@ def _camera_from_main(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith((".attn.qkv.weight", ".attn.q_norm.weight", ".attn.k_norm.weight", ".attn.conv_k")):
             head, _, kind = name.partition(".attn.")
             first, _, rest = kind.partition(".")
-            result[f"{head}.attn.{first}_cam{'.' + rest if rest else ''}"] = tensor.clone()
+            if (copy := f"{head}.attn.{first}_cam{'.' + rest if rest else ''}") in tensors:
+                result[copy] = tensor.clone()
         if re.search(r"attn\.(qkv_cam\.bias|out_proj_cam\.\w+)$|^plucker_embedder\.", name):
             result[name] = torch.zeros_like(tensor)
     return result

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgr.models import weights, world_model_weights
-from vgr.nn.attention import CameraFrames, Chunks, CrossAttention, DualAttention, Memory
+from vgr.nn.attention import KEY_SCALES, CameraFrames, Chunks, CrossAttention, DualAttention, Memory
 from vgr.nn.camera import pluecker_tokens, ray_transforms
 from vgr.nn.embed import sinusoid
 from vgr.nn.ffn import ConvFeedForward
@@ -25,7 +25,13 @@ from vgr.nn.precision import Linear32, in_own_precision
 from vgr.nn.rope import axis_pairs, rope_table
 from vgr.types import Conditioning, Shard
 
-_CHOICES = {"mixer": ("gdn", "linear"), "scan_backend": ("torch", "triton"), "camera_start": ("copy", "rays")}
+_CHOICES = {
+    "mixer": ("gdn", "linear"),
+    "scan_backend": ("torch", "triton"),
+    "camera_start": ("copy", "rays"),
+    "cameras": ("both", "ucpe", "pluecker", "pluecker_input", "none"),
+    "key_scale": tuple(KEY_SCALES),
+}
 # Of attention, and the feed-forward's last frame before its temporal mixing.
 BlockMemory = tuple[Memory, Tensor]
 
@@ -104,6 +110,9 @@ class WorldModel(nn.Module):
     cam_filter_isolated: camera keys are filtered inside their chunk only (spec 12.9);
     scan_backend: "torch", or "triton" on a GPU;
     camera_start: "copy" of the main branch (spec 4.2), or "rays": softmax blocks look clean frames up along rays;
+    cameras: how they are told (table 4): "ucpe" in attention, "pluecker" in every block or "pluecker_input" before the
+    first one, "both" (ucpe and pluecker), or "none", which ignores them;
+    key_scale: of gated delta keys, see `vgr.nn.attention.KEY_SCALES`;
     text_width: width of the text encoder's states; raw_frames: raw frames of a latent frame (codec stride);
     cam_renorm_softmax, cam_renorm_gdn, softmax_bf16, *_scale: the released model's doubtful points, see
     `vgr.nn.attention.DualAttention`; truncate_times: the model sees floor(1000 t), as its weights were trained;
@@ -135,6 +144,8 @@ class WorldModel(nn.Module):
         cam_filter_isolated: bool = False,
         scan_backend: str = "torch",
         camera_start: str = "copy",
+        cameras: str = "both",
+        key_scale: str = "frame",
         truncate_times: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -162,11 +173,25 @@ class WorldModel(nn.Module):
         kinds = ["softmax" if softmax_every and (i + 1) % softmax_every == 0 else mixer for i in range(layers)]
         renorm = {"softmax": cam_renorm_softmax, mixer: cam_renorm_gdn}
         rest = (softmax_bf16, softmax_scale, cam_softmax_scale, sink, window, cam_filter_isolated, scan_backend)
-        attentions = (DualAttention(width, heads, kind, conv_kernel, renorm[kind], *rest) for kind in kinds)
+        attentions = (DualAttention(width, heads, kind, conv_kernel, renorm[kind], *rest, key_scale) for kind in kinds)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for attention in attentions)
         self.final_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.final_linear = nn.Linear(width, in_channels)
         self.reset_parameters()
+        self._leave_out(cameras)
+
+    def _leave_out(self, cameras: str) -> None:
+        """Drop what an encoding does not use; what it shares with the others was drawn, and so starts, as theirs."""
+        self.takes_rays, self.takes_pluecker = cameras in ("both", "ucpe"), cameras not in ("ucpe", "none")
+        if not self.takes_pluecker:
+            del self.plucker_embedder
+        branch = ("qkv_cam", "q_norm_cam", "k_norm_cam", "out_proj_cam", "conv_k_cam")
+        for block in self.blocks:
+            for name in branch if not self.takes_rays else ():
+                if hasattr(block.attn, name):
+                    delattr(block.attn, name)
+            if cameras not in ("both", "pluecker"):
+                del block.plucker_proj
 
     def reset_parameters(self) -> None:
         """Xavier for linear layers, then the special starts of sections 3.2 and 4.2; the output starts at zero."""
@@ -231,6 +256,8 @@ class WorldModel(nn.Module):
         text, text_mask = self._text(cond, height * width)
         table = rope_table(cond.layout.position, height, width, self.head_dim)
         camera, pluecker = self._cameras(cond, height, width)
+        if pluecker is not None and self.config["cameras"] == "pluecker_input":
+            tokens, pluecker = tokens + pluecker, None
         args = (modulation, (height, width), table, camera, pluecker, text, text_mask, chunks, shard)
         memories = []
         for i, block in enumerate(self.blocks):
@@ -317,16 +344,17 @@ class WorldModel(nn.Module):
         return text, readable.repeat_interleave(cells, dim=1).unsqueeze(1)
 
     def _cameras(self, cond: Conditioning, height: int, width: int) -> tuple[CameraFrames | None, Tensor | None]:
-        if cond.cameras is None:
-            return None, None
         cameras = cond.cameras
+        if cameras is None:
+            return None, None
         main = axis_pairs(self.head_dim)
         keep = axis_pairs(self.head_dim // 2)
         table = rope_table(cond.layout.position, height, width, self.head_dim, keep=tuple(map(min, keep, main)))
         with torch.autocast(cameras.c2w.device.type, enabled=False):
             matrix, inverse = ray_transforms(cameras.c2w.float(), cameras.intrinsics.float(), height, width)
             rays = pluecker_tokens(cameras.raw_c2w.float(), cameras.raw_intrinsics.float(), height, width)
-        return CameraFrames(matrix, inverse, table), self.plucker_embedder(rays)
+        frames = CameraFrames(matrix, inverse, table) if self.takes_rays else None
+        return frames, self.plucker_embedder(rays) if self.takes_pluecker else None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a new or empty folder; it appears whole or not at all."""

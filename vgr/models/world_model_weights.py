@@ -199,6 +199,8 @@ def to_original(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dic
     and zeros for the ray map, the null prompt (300,text_width) and pos_embed. The latter's shape (1,484,D), 22x22
     cells of a 720-pixel image, is a guess: loaders drop it.
     """
+    if wrong := [f"{k}={config[k]}" for k, v in (("cameras", "both"), ("key_scale", "frame")) if config.get(k, v) != v]:
+        raise ValueError(f"the released model knows no {' and no '.join(wrong)}: export it in our own form")
     like, width, heads = tensors["x_embedder.weight"], config["width"], config["heads"]
     made = {
         "pos_embed": like.new_zeros(1, 484, width),
@@ -208,7 +210,7 @@ def to_original(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dic
     }
     for i in range(config["layers"]):
         made[f"blocks.{i}.attn.recall_gate"] = like.new_zeros(1)
-        if (i + 1) % config["softmax_every"] == 0:
+        if config["softmax_every"] and (i + 1) % config["softmax_every"] == 0:
             for name, start in (("A_log", 0.0), ("dt_bias", -5.0), ("beta_proj.bias", 5.0), ("gate_proj.bias", 0.0)):
                 made[f"blocks.{i}.attn.{name}"] = like.new_full((heads,), start)
             for name in ("beta_proj", "gate_proj"):

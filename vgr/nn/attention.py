@@ -25,6 +25,8 @@ from vgr.nn.temporal import part, symmetric_filter
 from vgr.types import Shard
 
 OPEN_GATE = 1.2784645  # SiLU of it is 1
+# What squares of keys are divided by; only K S makes a contraction of a gated delta frame of S tokens (spec 3.3).
+KEY_SCALES = {"frame": lambda k, s: k * s, "head": lambda k, s: k, "none": lambda k, s: 1}
 
 
 @dataclass(frozen=True)
@@ -110,31 +112,22 @@ class DualAttention(nn.Module):
     softmax_scale, cam_softmax_scale: None for 1/sqrt(K), and 1/sqrt(padded K) in the camera branch.
     sink, window: chunks a softmax block reads beside its own: the video's first `sink` and the last `window`
     before it (None: all). cam_filter_isolated: the camera keys' filter sees its own chunk only (spec 12.9).
-    scan_backend: "torch", or "triton" on a GPU.
+    scan_backend: "torch", or "triton" on a GPU. key_scale: of KEY_SCALES.
     """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        kind: str,
-        conv_kernel: int = 4,
-        cam_renorm: bool = False,
-        softmax_bf16: bool = False,
-        softmax_scale: float | None = None,
-        cam_softmax_scale: float | None = None,
-        sink: int = 0,
-        window: int | None = None,
-        cam_filter_isolated: bool = False,
-        scan_backend: str = "torch",
-    ) -> None:
+        self, width: int, heads: int, kind: str, conv_kernel: int = 4, cam_renorm: bool = False,
+        softmax_bf16: bool = False, softmax_scale: float | None = None, cam_softmax_scale: float | None = None,
+        sink: int = 0, window: int | None = None, cam_filter_isolated: bool = False, scan_backend: str = "torch",
+        key_scale: str = "frame",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.head_dim, self.kind = heads, width // heads, kind
         self.cam_renorm, self.softmax_bf16 = cam_renorm, softmax_bf16
         self.softmax_scale = softmax_scale or self.head_dim**-0.5
         self.cam_softmax_scale = cam_softmax_scale or padded_head_dim(self.head_dim) ** -0.5
         self.sink, self.window, self.cam_filter_isolated = sink, window, cam_filter_isolated
-        self.scan_backend = scan_backend
+        self.scan_backend, self.key_scale = scan_backend, key_scale
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.qkv_cam = nn.Linear(width, 3 * width)
         self.q_norm, self.k_norm = RMSNorm(width, 1e-5), RMSNorm(width, 1e-5)
@@ -240,7 +233,7 @@ class DualAttention(nn.Module):
                 past = [k.new_zeros(k.shape[0], reach, *k.shape[2:]) if tail is None else tail.to(k.dtype), k]
                 last = k[:, -reach:] if k.shape[1] >= reach else torch.cat(past, dim=1)[:, -reach:]
             k = symmetric_filter(k, taps, chunks.sizes, tail, isolated, shard)
-        key_scale = (self.head_dim * k.shape[2]) ** -0.5
+        key_scale = KEY_SCALES[self.key_scale](self.head_dim, k.shape[2]) ** -0.5
         return self._heads(F.relu(norm(k, key_scale), inplace=True)), last
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:

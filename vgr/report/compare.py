@@ -22,7 +22,7 @@ from vgr.report.sets import VideoSet, read_info, timings
 from vgr.report.summary import Cell, cell, number
 from vgr.report.table import FD
 
-MOST = 8  # runs that colours keep apart, as many as compare.html has
+MOST = 8  # runs that colours keep apart, as many as style.css has
 NEEDED = {"protocol", "clips", "rows", "metrics", "made_by", "frames", "fps", "size_hw", "captions", "curves"}
 NEEDED |= {"commit", "device", "versions"}
 QUALITY = ("psnr_db", "fvd", "fd_videomae", FD)  # what speed is set against: the first that runs with a speed have
@@ -55,7 +55,7 @@ def write(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     of different protocols, without a clip in common, of different data.
     """
     if not 2 <= len(folders) <= MOST:
-        raise ValueError(f"compare={[*map(str, folders)]}: give 2 to {MOST} folders of finished results")
+        raise ValueError(f"runs={[*map(str, folders)]}: give 2 to {MOST} folders of finished results")
     runs = [_read(Path(folder)) for folder in folders]
     keys = _shared(runs)
     found = compare(runs, keys)
@@ -130,13 +130,13 @@ def _read(folder: Path) -> Run:
     path = folder / "results.json"
     if not path.is_file():
         raise ValueError(
-            f"compare: {folder} holds no results.json; run `vgr-bench checkpoint=<run>` or `vgr-bench videos=<folder>` "
+            f"{folder} holds no results.json; run `vgr-bench checkpoint=<run>` or `vgr-bench videos=<folder>` "
             "first and give the folder of the report.html it names"
         )
     found = _whole(path, lambda: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(found, dict) or found.get("format") != 1 or NEEDED - found.keys():
         told = f"format {found.get('format')}" if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"compare: {path} ({told}) is no whole result of format 1; measure again by this version")
+        raise ValueError(f"{path} ({told}) is no whole result of format 1; measure again by this version")
     lines = [x for x in read_lines(folder / "videos.jsonl") if isinstance(x, dict) and x.get("row") == "model"]
     values = {x["key"]: x for x in lines}
     places = {row: folder / place for row, place in found.get("sets", {row: row for row in found["rows"]}).items()}
@@ -144,10 +144,10 @@ def _read(folder: Path) -> Run:
             if row in places}  # fmt: skip
     for key in found["clips"]:
         if key not in values:
-            raise ValueError(f"compare: {folder}/videos.jsonl has no whole line of {key}; measure again")
+            raise ValueError(f"{folder}/videos.jsonl has no whole line of {key}; measure again")
         for row in sets.values():
             if not (row.folder / f"{key}.mp4").is_file():
-                raise ValueError(f"compare: {folder} is of {row.folder / key}.mp4, which is gone; measure again")
+                raise ValueError(f"{folder} is of {row.folder / key}.mp4, which is gone; measure again")
     place, info = sets["model"].folder, sets["model"].info
     return Run(folder, found, values, sets, _whole(place / "timings.json", lambda: timings(place, info)))
 
@@ -156,7 +156,7 @@ def _whole(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"compare: {path} is damaged, no JSON ({error}); measure again") from None
+        raise ValueError(f"{path} is damaged, no JSON ({error}); measure again") from None
 
 
 def _shared(runs: Sequence[Run]) -> list[str]:
@@ -166,16 +166,16 @@ def _shared(runs: Sequence[Run]) -> list[str]:
         by = {x.folder: x.results["protocol"] for x in (first, run)}
         if len({p["sha256"] for p in by.values()}) > 1:
             told = ", ".join(f"{folder} is by {p['name']} (sha256 {p['sha256']})" for folder, p in by.items())
-            raise ValueError(f"compare: {told}; measure both by one protocol")
+            raise ValueError(f"{told}; measure both by one protocol")
         truth = run.sets["truth"].info.get("fingerprint") if "truth" in run.sets else None
         if source := truth or run.results["made_by"].get("requests"):
             sources[source] = run.folder
     keys = [k for k in first.results["clips"] if all(k in run.results["clips"] for run in runs)]
     if not keys:
         told = "; ".join(f"{run.folder} has {', '.join(run.results['clips'][:2]) or 'none'}" for run in runs)
-        raise ValueError(f"compare: no clip is in all of them: {told}; measure videos of the same clips")
+        raise ValueError(f"no clip is in all of them: {told}; measure videos of the same clips")
     if len(sources) > 1:
-        raise ValueError(f"compare: {' and '.join(map(str, sources.values()))} are of other data under the same names; "
+        raise ValueError(f"{' and '.join(map(str, sources.values()))} are of other data under the same names; "
                          "measure both with the same shards or requests")  # fmt: skip
     return keys
 

@@ -80,7 +80,8 @@ def figure(cell: dict[str, Any] | None, name: str = "value") -> str:
     low, high = cell.get("low"), cell.get("high")
     width = high - low if low is not None and high is not None else 0
     digits = 1 - math.floor(math.log10(width)) if width > 0 else 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{min(max(digits, 0), 5)}f}".replace("-", "−")
+    text = f"{value:.{min(max(digits, 0), 5)}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def interval(cell: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -41,6 +42,14 @@ def memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def forget_peak() -> None:
+    """`memory_gib` is of what comes from here on: an earlier run of the same process has its own."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # only Linux can
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def write_validation(path: Path, result: Validation) -> None:
@@ -91,6 +100,7 @@ class BetweenSteps(pl.Callback):
         self.signal: int | None = None
         self.profile, self.pace, self.watchdog_s = profile, Throughput(), watchdog_s
         self.watchdog: Watchdog | None = None
+        self._handlers: dict[int, Any] = {}
         self._losses: list[float] = []
         self._trace: torch.profiler.profile | None = None
         self._bar: Any = None
@@ -117,6 +127,7 @@ class BetweenSteps(pl.Callback):
         best = checkpoints.best(self.saver.folder)
         self._best = math.inf if best is None else checkpoints.validation_loss(best)
         self._seen = module.samples_seen
+        forget_peak()
         self.pace.begin()
         if self.profile:
             self._trace = trace(self.run_dir / "profile", trainer.global_rank, self._say)
@@ -133,6 +144,9 @@ class BetweenSteps(pl.Callback):
         if self.watchdog is not None:
             self.watchdog.close()
         self.saver.close()  # what is being written is whole, whatever became of training
+        if isinstance(exception, FloatingPointError):
+            self.record.log({"diverged": module.step + 1}, module.samples_seen)
+        self.teardown(trainer, module, "fit")  # Lightning does not, and a sweep goes on
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Training, batch: VideoBatch, batch_idx: int) -> None:
         self._beat(module, "step")

@@ -44,25 +44,33 @@ class Record:
         line = {"samples_seen": samples_seen, "time_s": round(self.seconds(), 3), **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._tell(lambda: {"samples_seen": samples_seen, **values})
+        self._tell(lambda run: run.log(line))
+
+    @rank_zero_only
+    def keep(self, inputs: Mapping[str, Any]) -> None:
+        """inputs.json beside metrics.jsonl: what the run is made from, of all its starts; W&B has it too."""
+        path = self.path.with_name("inputs.json")
+        told = (json.loads(path.read_text()) if path.is_file() else {}) | dict(inputs)
+        write_text(path, json.dumps(told, indent=1))
+        self._tell(lambda run: run.config.update({"inputs": told}, allow_val_change=True))
 
     @rank_zero_only
     def log_video(self, path: Path, samples_seen: int) -> None:
         """A sample video (mp4 file), for W&B only."""
 
-        def video() -> dict[str, Any]:
+        def video(run: Any) -> None:
             import wandb
 
-            return {"samples_seen": samples_seen, "samples": wandb.Video(str(path), format="mp4")}
+            run.log({"samples_seen": samples_seen, "samples": wandb.Video(str(path), format="mp4")})
 
         self._tell(video)
 
-    def _tell(self, values: Callable[[], dict[str, Any]]) -> None:
+    def _tell(self, tell: Callable[[Any], Any]) -> None:
         """Tell W&B, if it is there. Whatever it raises is said once and stops nothing: metrics.jsonl is the record."""
         if self.wandb_run is None:
             return
         try:
-            self.wandb_run.log(values())
+            tell(self.wandb_run)
         except Exception as error:
             if not self._failed:
                 _log.warning("W&B did not take a value (%s); metrics.jsonl has them all", _line(error))
@@ -84,7 +92,8 @@ class Record:
     def rewind(self, samples_seen: int) -> None:
         """Keep only complete lines up to samples_seen, the position of the checkpoint continued from."""
         if self.path.is_file():
-            kept = (line for line in read_lines(self.path) if line["samples_seen"] <= samples_seen)
+            lines = read_lines(self.path)
+            kept = (x for x in lines if x["samples_seen"] <= samples_seen and "diverged" not in x)  # that came later
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -80,8 +80,9 @@ def _both_forms(clips, name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_packed_chunk_equals_cached_chunk(clips, name):
     whole, denoised, committed, base = _both_forms(clips, name)
-    close(whole[:, :, FRAMES:], denoised, 3e-6)  # 1.4e-6 on one of the processors tried; 1e-12 in float64 below
-    close(whole[:, :, :FRAMES], committed, 3e-6)
+    # One of the processors tried leaves 1.4e-6 in fp32; the test below holds 1e-12 in float64.
+    close(whole[:, :, FRAMES:], denoised, 2e-6)
+    close(whole[:, :, :FRAMES], committed, 1e-6)
     told, plain = whole[:, :, FRAMES:], base[:, :, FRAMES:]
     layout, cond = clips[3].layout, clips[3]
     assert torch.equal(whole[:, :, :FRAMES], base[:, :, :FRAMES])  # the past does not know of evidence

@@ -17,8 +17,6 @@ from vgr.training.callbacks import BetweenSteps
 
 SIZE = ("training.max_samples=48", "every={log: 8, validate: 24, sample: 48, save: 24}")
 LOGGED = ("logger=wandb", "wandb.mode=offline")
-# Five trainings with W&B; and its client is asked in this process, which other tests leave in other states.
-pytestmark = pytest.mark.slow
 ARMS = {"base": (), "slow": ("training.lr=3e-4",)}
 
 

@@ -127,6 +127,17 @@ def test_a_requeued_run_is_the_same_run(wandb, tmp_path, monkeypatch):
     assert len(told_of) == 1
 
 
+def test_a_run_that_an_earlier_job_left_open_is_not_the_next_ones(wandb, tmp_path):
+    folders = [tmp_path / f"runs/study/arm/seed{seed}" for seed in (1, 2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    runs = [start_wandb(folder, CONFIG, "vgr", None, "offline") for folder in folders]
+    Record(folders[1] / "metrics.jsonl", 0.0, runs[1]).close()
+    assert runs[0].id != runs[1].id
+    for folder, run in zip(folders, runs):
+        assert [path.stem for path in folder.glob("wandb/offline-run-*/*.wandb")] == [f"run-{run.id}"]
+
+
 def git(folder, *arguments):
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
     subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)

@@ -144,12 +144,15 @@ def start_wandb(
         write_text(id_file, uuid.uuid4().hex[:8])
     kinds = [config[k]["_target_"].rpartition(".")[2] for k in ("model", "training") if k in config]
     settings = {
-        "project": project, "entity": entity, "name": run_dir.as_posix(), "dir": str(run_dir), "config": config,
+        "project": project, "entity": entity, "name": run_dir.as_posix(), "config": config,
+        "dir": str(run_dir.resolve()),  # W&B's own process stays in the folder it was started in
         "id": id_file.read_text().strip(), "resume": "allow", "job_type": job, "tags": [*tags, *kinds],
         "group": group or (os.path.relpath(run_dir.parent, config["runs"]) if "runs" in config else None),
-        # Its own look at git would upload the user's changes; its own lines would be many.
+        # Its own look at git would upload the user's changes; its own lines would be many. A run that an earlier job of
+        # this process left open must not be this one.
         "settings": wandb.Settings(
-            disable_git=True, silent=True, finish_timeout=FINISH_S, finish_timeout_raises=True
+            disable_git=True, silent=True, finish_timeout=FINISH_S, finish_timeout_raises=True,
+            reinit="finish_previous",
         ),
     }  # fmt: skip
     for chosen in dict.fromkeys((mode, "offline")):
@@ -178,11 +181,17 @@ def _line(error: Exception) -> str:
 
 def where(run: Any) -> str:
     """The line that says where a W&B run is."""
-    return f"W&B offline: {run.settings.sync_dir}. {_sync(run)}" if run.offline else f"W&B: {run.url}"
+    return f"W&B offline: {_folder(run)}. {_sync(run)}" if run.offline else f"W&B: {run.url}"
+
+
+def _folder(run: Any) -> Path:
+    """W&B's folder of this start, as a user here would name it."""
+    folder = Path(run.settings.sync_dir)
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _sync(run: Any) -> str:
     """What uploads this start and, offline, those before it, into one run."""
-    folder = Path(run.settings.sync_dir)
+    folder = _folder(run)
     folder = folder.parent / f"offline-run-*-{run.id}" if run.offline else folder
     return f"To upload: wandb sync {folder}"

@@ -49,9 +49,9 @@ class Scale:
 class Study:
     """A question and its arms, the first of which the others are compared with.
 
-    protocol: of benchmarks/protocols, by which the last step of an arm measures itself; metrics: what the table shows,
-    in order, as metrics.jsonl has them (val/... and bench/...); reference: {"name", "table"} of benchmarks/references,
-    where there is one.
+    protocol: of benchmarks/protocols, by which the last step of an arm measures itself; None: by validation alone.
+    metrics: what the table shows, in order, as metrics.jsonl has them (val/... and bench/...). reference: {"name",
+    "table"} of benchmarks/references, where there is one.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Study:
     full: Scale
     tiny: Scale
     seeds: tuple[int, ...]
-    protocol: str
+    protocol: str | None
     metrics: tuple[str, ...]
     reference: Mapping[str, str] | None
     arms: tuple[Arm, ...]

@@ -79,12 +79,13 @@ def fit(
     for _, network in networks(module) if compiled else ():
         for block in blocks(network):
             block.compile()  # before it is split: what gathers its parameters stays outside
-    trainer = instantiate(
-        settings,
-        logger=False, callbacks=[steps], max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=str(steps.run_dir),
-    )  # fmt: skip
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # jobs are slurm/submit's
         warnings.filterwarnings("ignore", module="pytorch_lightning.*")
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        trainer = instantiate(
+            settings,
+            logger=False, callbacks=[steps], max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, default_root_dir=str(steps.run_dir),
+        )  # fmt: skip
         trainer.fit(module, datamodule=data)

@@ -87,10 +87,10 @@ def test_own_presets_stand_beside_arms_of_studies(tmp_path):
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("# @package _global_\nseed: 9\n")
     assert call(tmp_path, "--config-dir", "my", "experiments=attention/mine").stdout.split() == ["False", "9"]
-    arm = ["--config-dir", "my", "experiments=attention/head_keys_tiny"]
-    assert "key_scale: head" in call(tmp_path, *arm, "--cfg", "job").stdout
+    arm = ["--config-dir", "my", "experiments=attention/softmax_tiny"]
+    assert "softmax_every: 1" in call(tmp_path, *arm, "--cfg", "job").stdout
     help_ = call(tmp_path, "--help").stdout
-    assert "plain_keys_tiny" in help_ and "hybrid_4" in help_
+    assert "hybrid_2_tiny" in help_ and "hybrid_4" in help_
 
 
 def test_own_presets_and_their_misspelt_keys(tmp_path):

@@ -211,8 +211,9 @@ def explain(error: BaseException, config_name: str) -> str:
 
 
 def suggestion(name: str, valid: Iterable[str], otherwise: str = "; --help lists all") -> str:
-    """`; did you mean ...?` by spelling; the last part of a dotted key counts on its own too."""
-    valid = sorted(set(valid))
+    """`; did you mean ...?` by spelling; the last part of a dotted key counts on its own too. Never the name itself,
+    which another preset may have."""
+    valid = sorted(set(valid) - {name})
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.7)
     if not near:
         last = {key.rsplit(".", 1)[-1]: key for key in valid}

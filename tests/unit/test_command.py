@@ -129,3 +129,7 @@ def test_constructor_arguments_are_checked():
         ValueError, match=r"a\.b: torch\.nn\.Linear takes no `out_featurs`; did you mean `out_features`"
     ):
         command.check_targets(OmegaConf.create({"a": {"b": good | {"out_featurs": 3}}}))
+
+
+def test_a_key_that_other_presets_have_is_not_what_was_meant():
+    assert command.suggestion("training.warmup_samples", ["training.warmup_samples", "seed"]) == "; --help lists all"

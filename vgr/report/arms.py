@@ -173,9 +173,10 @@ def _differences(arms: Mapping[str, Sequence[RunRecord]], metrics: Sequence[str]
 
 
 def _cost(runs: Sequence[RunRecord]) -> dict[str, float]:
-    """Hours of a seed (mean), peak memory (of any), parameters in millions."""
-    found = {"hours": float(np.mean([r.cost["hours"] for r in runs])),
-             "memory_gib": max(r.cost["memory_gib"] for r in runs)}  # fmt: skip
+    """Hours of a seed (mean), peak memory (of any), parameters in millions, as far as they are known."""
+    found = {"hours": float(np.mean([r.cost["hours"] for r in runs]))}
+    if memory := [r.cost["memory_gib"] for r in runs if "memory_gib" in r.cost]:
+        found["memory_gib"] = max(memory)
     if all("parameters" in r.cost for r in runs):
         found["parameters"] = runs[0].cost["parameters"] / 1e6
     return found

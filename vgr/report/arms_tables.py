@@ -103,9 +103,10 @@ def _cell(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
 def _below(found: Mapping[str, Any]) -> list[str]:
     """Paragraphs below the table."""
     first = found["arms"][0]["label"]
-    told = ["Mean over seeds and clips with its 95 % interval, both being a sample. Below it the paired difference to "
-            f"{first}, seed by seed and clip by clip; better and worse are what stands among all "
-            f"{len(found['differences'])} tests (Benjamini and Hochberg, 5 % false)."]  # fmt: skip
+    told = ["Mean over seeds and clips with its 95 % interval, both being a sample."]
+    if tests := len(found["differences"]):
+        told[0] += (f" Below it the paired difference to {first}, seed by seed and clip by clip; better and worse are "
+                    f"what stands among all {tests} tests (Benjamini and Hochberg, 5 % false).")  # fmt: skip
     if theirs := found.get("published"):
         unlike = "; ".join(f"{c['label']}: {c['unlike']}" for c in theirs["columns"].values() if c.get("unlike"))
         told += [" ".join(filter(None, (f"Published: {theirs['source']}. {theirs['conditions']} {theirs['doubt']}",

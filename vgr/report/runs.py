@@ -89,8 +89,8 @@ def record(
     weights = {"init_from": given["init_from"]} if "init_from" in given else {}
     weights |= {} if config.get("init_from") else {"init_from": "nothing"}
     words = shlex.split(str((code or {}).get("command") or ""))[1:]
-    memory = max((row.get("perf/memory_gib", 0.0) for row in told), default=0.0)
-    cost = {"hours": last.get("time_s", 0.0) / 3600, "memory_gib": memory}
+    memory = [row["perf/memory_gib"] for row in told if "perf/memory_gib" in row]
+    cost = {"hours": last.get("time_s", 0.0) / 3600} | ({"memory_gib": max(memory)} if memory else {})
     made = RunRecord(
         source=source, arm=arm_of(name, config), seed=seed, config=settings, config_sha256=_sha256(settings),
         protocol=_plain(protocol) | _of(given, "bench"), data=_of(given, "data.train", "data.val"), weights=weights,

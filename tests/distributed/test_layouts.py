@@ -15,8 +15,8 @@ from vgr.train import build, read_initial
 from vgr.training import checkpoints
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-from small_training import PRESET, environment, make_project, metrics, train  # noqa: E402
-from test_causal_stages import HEAD, MODEL, _preset  # noqa: E402
+from small_training import PRESET, environment, metrics, train  # noqa: E402
+from test_causal_stages import HEAD, _preset, make_causal_project  # noqa: E402
 
 ONE = "one/mini/seed1"
 AGAIN = PRESET.replace("text_width: 16}", "text_width: 16, activation_checkpointing: true}")
@@ -79,11 +79,7 @@ def launch(folder: Path, ranks: int, lines: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = make_project(tmp_path_factory.mktemp("layouts"))
-    (folder / "own/model").mkdir()
-    (folder / "own/model/video.yaml").write_text(MODEL)
-    for name, preset in PRESETS.items():
-        (folder / f"own/experiments/{name}.yaml").write_text(preset)
+    folder = make_causal_project(tmp_path_factory.mktemp("layouts"), PRESETS)
     for name in ("mini", *PRESETS):
         done = train(folder, "runs=one", f"experiments={name}", "every.sample=40")
         assert done.returncode == 0, done.stderr[-2000:]

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.distributed import test_layouts
-from tests.distributed.test_layouts import MODEL, _preset, launch, make_project, metrics, train
+from tests.distributed.test_layouts import _preset, launch, make_causal_project, metrics, train
 from vgr import command, planner
 from vgr.train import build, read_initial
 from vgr.training import checkpoints, zero
@@ -34,12 +34,7 @@ def arguments(stage: str, runs: str, *told: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = make_project(tmp_path_factory.mktemp("zero"))
-    (folder / "own/model").mkdir()
-    (folder / "own/model/video.yaml").write_text(MODEL)
-    for name, preset in PRESETS.items():
-        (folder / f"own/experiments/{name}.yaml").write_text(preset)
-    return folder
+    return make_causal_project(tmp_path_factory.mktemp("zero"), PRESETS)
 
 
 def one_device(folder, name: str):
@@ -127,7 +122,7 @@ def test_a_run_goes_on_in_the_same_bits_and_under_other_strategies(folder, stage
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_poisoned_sample_stops_all_ranks_before_its_step(tmp_path, stage):
-    folder = make_project(tmp_path, poison={17})
+    folder = make_causal_project(tmp_path, {}, poison={17})
     with pytest.raises(AssertionError, match="vgr-train: error: training stopped at step"):
         launch(folder, 2, [arguments(stage, "runs", "every.save=8")])
     good = checkpoints.latest(folder / "runs/mini/seed1/checkpoints")

@@ -45,18 +45,24 @@ def _preset(stage: str) -> str:
     return "\n".join(lines).replace("save: 24", "save: 16") + f"\nstudent_times: {TIMES}\n{start}{rest}\n"
 
 
+def make_causal_project(folder, presets: dict[str, str], poison=()):
+    """make_project's folder with the small causal model, the shipped preset's consistency training, and `presets`."""
+    make_project(folder, poison)
+    jump = command.compose("train", ["experiments=causal_video/consistency"]).training
+    for name, text in {"model/video": MODEL, "training/consistency": OmegaConf.to_yaml(jump)}.items():
+        (folder / "own" / name).parent.mkdir()
+        (folder / f"own/{name}.yaml").write_text(text)
+    for name, preset in presets.items():
+        (folder / f"own/experiments/{name}.yaml").write_text(preset)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     from vgr.training.teacher_paths import TeacherPaths
 
-    folder = make_project(tmp_path_factory.mktemp("causal"))
-    (folder / "own/model").mkdir()
-    (folder / "own/model/video.yaml").write_text(MODEL)
-    jump = command.compose("train", ["experiments=causal_video/consistency"]).training
-    (folder / "own/training").mkdir()
-    (folder / "own/training/consistency.yaml").write_text(OmegaConf.to_yaml(jump))
-    for stage in STAGES:
-        (folder / "own/experiments" / f"{stage}.yaml").write_text(_preset(stage))
+    presets = {stage: _preset(stage) for stage in STAGES}
+    folder = make_causal_project(tmp_path_factory.mktemp("causal"), presets)
     done = {"base": train(folder, "experiments=base")}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -205,7 +205,8 @@ def _told_apart(arms: Mapping[str, Sequence[RunRecord]], first: str, others: Seq
     runs = [run for own in arms.values() for run in own]
     told = []
     if unknown := [f"{k} of {r.source}" for r in runs for k in ("data.train", "data.val") if k not in r.data]:
-        told.append(f"Whether the data is the same is not known everywhere: {unknown[0]} and {len(unknown) - 1} more.")
+        more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
+        told.append(f"Whether the data is the same is not known everywhere: {unknown[0]}{more}.")
     if alone := [arm for arm, own in arms.items() if len(own) == 1]:
         told.append(f"One seed only: {', '.join(alone)}. Its intervals are over clips, and nothing is tested.")
     seeds = {arm: {r.seed for r in own} for arm, own in arms.items()}

@@ -6,8 +6,7 @@
 One call is all frames at once, batch 1, one time for all but the clean first frame, random weights, no gradient; on a
 GPU in bf16 with the Triton scan. For each length the mixers are called in turn, once to warm up, then --repeats times:
 median milliseconds with least and most. MiB are the call's own tensors at their most, on a CPU counted as they are made
-(what a fused product holds inside is not seen), on a GPU the allocator's. Arms that differ in the scale of keys alone
-cost the same and are left out. Writes JSON with device and versions to --out.
+(what a fused product holds inside is not seen), on a GPU the allocator's. --out: JSON with device and versions.
 """
 
 from __future__ import annotations
@@ -39,8 +38,6 @@ def models(size: str, device: str) -> dict[str, nn.Module]:
     """The arms' models by name, each with weights of its own."""
     study, made = studies.read("attention"), {}
     for arm, preset in zip(study.arms, study.presets(size == "tiny")):
-        if any(setting.startswith("model.key_scale=") for setting in arm.settings):
-            continue
         told = command.compose("train", [f"experiments={preset}"]).model
         with torch.device(device):
             made[arm.name] = instantiate(told, scan_backend="triton" if device == "cuda" else "torch").eval()

@@ -97,9 +97,12 @@ class Site:
         assert self.show(job, "JobState") == state, self.logs()
 
     def again(self, job):
-        """A job that was put back into the queue starts at once, not in two minutes."""
+        """A job that was put back into the queue starts soon, not in two minutes.
+
+        Not in the same second: the nodes have revoked all credentials of this job up to now.
+        """
         self.until(lambda: self.show(job, "JobState") == "PENDING", f"job {job} to be queued again")
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     def logs(self):
         return "".join(f"\n{p.name}:\n{p.read_text()}" for p in sorted(self.folder.glob("slurm/logs/*.out")))
